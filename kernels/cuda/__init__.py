@@ -1,0 +1,1 @@
+"""cuda kernels; see ``kernels/README.md``."""

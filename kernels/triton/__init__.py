@@ -1,0 +1,1 @@
+"""triton kernels; see ``kernels/README.md``."""

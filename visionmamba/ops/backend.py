@@ -1,0 +1,167 @@
+"""Which implementation of an operator runs, and why the others do not.
+
+Every operator has several implementations of the same function ("backends"). They register themselves here with a
+``probe`` (can it run on this machine at all?) and a ``supports`` check (can it take this call?). The first one in order
+of preference that answers yes to both runs; nothing else decides, so ``visionmamba doctor`` can always say what runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+__all__ = [
+    "BACKENDS",
+    "Implementation",
+    "backend",
+    "explain",
+    "operators",
+    "register_implementation",
+    "requested_backend",
+    "select",
+]
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+"""Backends in order of preference."""
+
+_ENVIRONMENT_VARIABLE = "VISIONMAMBA_BACKEND"
+
+
+def _always(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of an operator.
+
+    Args:
+        op: Operator name, e.g. ``"selective_scan"``.
+        backend: One of :data:`BACKENDS`.
+        device_types: Device types it runs on (``torch.device.type``); empty means any.
+        forward: The forward function; all implementations of an operator share one signature.
+        backward: The backward function, likewise.
+        probe: Returns None if it can run on this machine, else the reason why not. Called once.
+        supports: Takes the forward's arguments; returns None if it can take this call, else the reason why not.
+    """
+
+    op: str
+    backend: str
+    device_types: tuple[str, ...]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    probe: Callable[[], str | None] = field(default=_always)
+    supports: Callable[..., str | None] = field(default=_always)
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_forced: list[str] = []
+
+
+def register_implementation(implementation: Implementation) -> None:
+    """Make an implementation eligible for its operator.
+
+    Args:
+        implementation: What to register; it replaces an earlier one of the same operator and backend.
+
+    Raises:
+        ValueError: The backend's name is not in :data:`BACKENDS`.
+    """
+    if implementation.backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {implementation.backend!r}")
+    _implementations.setdefault(implementation.op, {})[implementation.backend] = implementation
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every operator inside the ``with`` block on one backend.
+
+    Args:
+        name: One of :data:`BACKENDS`.
+
+    Raises:
+        ValueError: The name is not a backend.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def requested_backend() -> str | None:
+    """Return the backend that a ``with backend(...)`` block or ``VISIONMAMBA_BACKEND`` asks for, if any."""
+    if _forced:
+        return _forced[-1]
+    name = os.environ.get(_ENVIRONMENT_VARIABLE) or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{_ENVIRONMENT_VARIABLE}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@cache
+def _probe(op: str, name: str) -> str | None:
+    return _implementations[op][name].probe()
+
+
+def _objection(implementation: Implementation, device_type: str, arguments: tuple[Any, ...]) -> str | None:
+    """Return why an implementation cannot take a call, or None."""
+    if implementation.device_types and device_type not in implementation.device_types:
+        return f"runs on {', '.join(implementation.device_types)}, not on {device_type}"
+    return _probe(implementation.op, implementation.backend) or (
+        implementation.supports(*arguments) if arguments else None
+    )
+
+
+def select(op: str, device_type: str, *arguments: Any) -> Implementation:
+    """Choose the implementation that runs a call.
+
+    Args:
+        op: Operator name.
+        device_type: ``torch.device.type`` of the inputs.
+        *arguments: The forward's arguments, for the implementations' ``supports`` checks.
+
+    Returns:
+        The forced implementation if one is forced, else the first eligible one in order of preference.
+
+    Raises:
+        RuntimeError: The forced backend does not exist for the operator or cannot take the call.
+    """
+    table = _implementations[op]
+    forced = requested_backend()
+    if forced is not None:
+        if forced not in table:
+            raise RuntimeError(f"{op}: backend {forced!r} was asked for; it has {', '.join(table)}")
+        objection = _objection(table[forced], device_type, arguments)
+        if objection is not None:
+            raise RuntimeError(f"{op}: backend {forced!r} was asked for but cannot run this call: {objection}")
+        return table[forced]
+    for name in BACKENDS:
+        if name in table and _objection(table[name], device_type, arguments) is None:
+            return table[name]
+    raise RuntimeError(f"{op}: no backend can run on {device_type}: {explain(op, device_type)}")
+
+
+def explain(op: str, device_type: str) -> dict[str, str | None]:
+    """Say for each backend of an operator why it cannot run on a device.
+
+    Args:
+        op: Operator name.
+        device_type: ``torch.device.type``.
+
+    Returns:
+        Backend name to reason, None where it can run, in order of preference.
+    """
+    table = _implementations[op]
+    return {name: _objection(table[name], device_type, ()) for name in BACKENDS if name in table}
+
+
+def operators() -> list[str]:
+    """Return the names of all operators that have implementations."""
+    return sorted(_implementations)

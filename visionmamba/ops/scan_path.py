@@ -1,0 +1,267 @@
+"""ScanPath: the order in which a scan visits the tokens of a grid.
+
+Tokens stay in raster order in memory. A *direction* names one order over a grid, a *path* is a list of directions, and
+the scan kernels walk the resulting index table. A new scan order is therefore a new function registered here, never a
+new kernel::
+
+    path = scan_path("h,v,h_flip,v_flip", (14, 14))   # VMamba's cross-scan
+    path.order                                        # (4, 196) token index visited at each step
+
+Directions (any of them may end in ``_flip``: the whole sequence reversed):
+
+=================  ===================================================================================================
+``h``              raster order; works on grids of any rank (``h`` over ``(L,)`` is a plain sequence)
+``v``              column by column
+``snake_h``        boustrophedon along rows: right, one down, left, one down, ... (PlainMamba)
+``snake_v``        the same along columns
+``wK``             K x K windows in row-major order, row-major inside; the grid is padded to multiples of K (LocalMamba)
+``sub_SYX``        the sub-grid of every S-th row from Y and every S-th column from X, row-major (EfficientVMamba)
+``subT_SYX``       the same, column-major
+axis letters       axes from slowest to fastest, e.g. ``hw`` (= ``h``), ``wh`` (= ``v``), ``thw``, ``twh``, ``wht``
+=================  ===================================================================================================
+
+A path may end in ``|cls``: a class token sits at index ``L // 2`` of the tokens, and every direction visits it at step
+``L // 2``, whatever its own order is (LocalMamba's middle class token).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+
+__all__ = ["ScanPath", "padded_grid", "register_direction", "scan_order", "scan_path"]
+
+Grid = tuple[int, ...]
+Direction = Callable[[Grid, Grid], np.ndarray]
+
+_directions: list[tuple[re.Pattern[str], Callable[..., np.ndarray]]] = []
+_FLIP = "_flip"
+_CLASS_TOKEN = "|cls"
+
+
+@dataclass(frozen=True)
+class ScanPath:
+    """K orders over the tokens of one grid.
+
+    Args:
+        name: The path's name, as parsed.
+        grid: Size of the token grid in memory (rows, columns, or any rank). It is at least the grid that was asked
+            for: window and sub-grid directions pad it at the end of each axis, and padding tokens are ordinary tokens.
+        order: ``(K, P)`` int32. ``order[k, t]`` is the token that direction k visits at step t; -1 marks steps
+            without a token, at the end of directions that are shorter than the longest.
+        num_tokens: Tokens in memory: the product of ``grid``, plus one with a class token.
+    """
+
+    name: str
+    grid: Grid
+    order: np.ndarray
+    num_tokens: int
+
+    @property
+    def num_directions(self) -> int:
+        """K."""
+        return self.order.shape[0]
+
+    @property
+    def num_steps(self) -> int:
+        """P, the length of the longest direction."""
+        return self.order.shape[1]
+
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        """``(K, num_tokens)`` int32: the step at which direction k visits a token; -1 where it never does."""
+        inverse = np.full((self.num_directions, self.num_tokens), -1, dtype=np.int32)
+        for k, order in enumerate(self.order):
+            visited = order >= 0
+            inverse[k, order[visited]] = np.flatnonzero(visited)
+        return inverse
+
+    def coordinates(self, k: int) -> np.ndarray:
+        """Return the ``(steps, rank)`` grid coordinates that direction ``k`` visits, for drawing."""
+        order = self.order[k]
+        return np.stack(np.unravel_index(order[order >= 0], self.grid), axis=-1)
+
+
+def register_direction(pattern: str) -> Callable[[Callable[..., np.ndarray]], Callable[..., np.ndarray]]:
+    """Register a scan direction.
+
+    Args:
+        pattern: Regular expression that the whole direction name (without ``_flip``) matches. Its groups are passed on
+            as strings.
+
+    Returns:
+        A decorator for ``function(grid, memory_grid, *groups) -> order``: 1-D token indices into ``memory_grid``. A
+        function may carry an attribute ``multiple(*groups) -> int``: both sides of the grid are padded to a multiple.
+    """
+
+    def decorator(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        _directions.append((re.compile(pattern), function))
+        _cached_path.cache_clear()
+        return function
+
+    return decorator
+
+
+def _raster(memory_grid: Grid) -> np.ndarray:
+    return np.arange(int(np.prod(memory_grid)), dtype=np.int32).reshape(memory_grid)
+
+
+def _cropped(grid: Grid, memory_grid: Grid) -> np.ndarray:
+    """Token indices of the real grid inside the padded one."""
+    return _raster(memory_grid)[tuple(slice(size) for size in grid)]
+
+
+def _require_2d(grid: Grid, name: str) -> None:
+    if len(grid) != 2:
+        raise ValueError(f"grid: direction {name!r} expects (rows, columns), got {grid}")
+
+
+def _ceil_to(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _find(direction: str) -> tuple[Callable[..., np.ndarray], tuple[str, ...]]:
+    base = direction.removesuffix(_FLIP)
+    for pattern, function in _directions:
+        match = pattern.fullmatch(base)
+        if match:
+            return function, match.groups()
+    raise ValueError(
+        f"path: unknown direction {direction!r}; known are h, v, snake_h, snake_v, wK (e.g. w7), sub_SYX, subT_SYX "
+        "(e.g. sub_210), axis orders (e.g. thw, wht), each also with _flip"
+    )
+
+
+def padded_grid(name: str, grid: Grid) -> Grid:
+    """Return the grid that tokens must have in memory for a path.
+
+    Args:
+        name: Path name, see the module's description.
+        grid: Size of the real token grid.
+
+    Returns:
+        The smallest grid that holds the padding of every direction of the path (each pads on its own: a token may be
+        padding to one direction and not exist for another).
+    """
+    sizes = list(grid)
+    for direction in name.removesuffix(_CLASS_TOKEN).split(","):
+        function, groups = _find(direction)
+        multiple = getattr(function, "multiple", None)
+        if multiple is not None:
+            sizes = [max(size, _ceil_to(real, multiple(*groups))) for size, real in zip(sizes, grid, strict=True)]
+    return tuple(sizes)
+
+
+def scan_path(name: str, grid: tuple[int, ...]) -> ScanPath:
+    """Build (or take from the cache) the path of a name over a grid.
+
+    Args:
+        name: Comma-separated directions, optionally followed by ``|cls``; see the module's description.
+        grid: Size of the token grid, slowest axis first.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: A direction is unknown or does not fit the grid's rank, or a size is not positive.
+    """
+    return _cached_path(name, tuple(int(size) for size in grid))
+
+
+@lru_cache(maxsize=512)
+def _cached_path(name: str, grid: Grid) -> ScanPath:
+    if not grid or min(grid) < 1:
+        raise ValueError(f"grid: expected positive sizes, got {grid}")
+    memory_grid = padded_grid(name, grid)
+    num_tokens = int(np.prod(memory_grid))
+    orders = []
+    for direction in name.removesuffix(_CLASS_TOKEN).split(","):
+        function, groups = _find(direction)
+        order = np.asarray(function(grid, memory_grid, *groups), dtype=np.int32).ravel()
+        orders.append(order[::-1] if direction.endswith(_FLIP) else order)
+    if name.endswith(_CLASS_TOKEN):
+        middle = num_tokens // 2
+        orders = [np.insert(order + (order >= middle), len(order) // 2, middle) for order in orders]
+        num_tokens += 1
+    steps = max(map(len, orders))
+    table = np.full((len(orders), steps), -1, dtype=np.int32)
+    for row, order in zip(table, orders, strict=True):
+        row[: len(order)] = order
+    table.setflags(write=False)
+    return ScanPath(name, memory_grid, table, num_tokens)
+
+
+@lru_cache(maxsize=1024)
+def _cached_order(name: str, grid: Grid, device: torch.device) -> torch.Tensor:
+    return torch.tensor(scan_path(name, grid).order, device=device)
+
+
+def scan_order(name: str, grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return a path's ``(K, P)`` int32 index table on a device, from a cache.
+
+    Args:
+        name: Path name.
+        grid: Size of the token grid.
+        device: Where the table is needed.
+
+    Returns:
+        The table; shared between callers, not to be written.
+    """
+    return _cached_order(name, tuple(int(size) for size in grid), device)
+
+
+@register_direction("h")
+def _rows(grid: Grid, memory_grid: Grid) -> np.ndarray:
+    return _cropped(grid, memory_grid)
+
+
+@register_direction("v")
+def _columns(grid: Grid, memory_grid: Grid) -> np.ndarray:
+    _require_2d(grid, "v")
+    return _cropped(grid, memory_grid).T
+
+
+@register_direction("snake_([hv])")
+def _snake(grid: Grid, memory_grid: Grid, axis: str) -> np.ndarray:
+    _require_2d(grid, f"snake_{axis}")
+    tokens = _cropped(grid, memory_grid)
+    lines = (tokens if axis == "h" else tokens.T).copy()
+    lines[1::2] = lines[1::2, ::-1]
+    return lines
+
+
+@register_direction(r"w([1-9]\d*)")
+def _windows(grid: Grid, memory_grid: Grid, window: str) -> np.ndarray:
+    _require_2d(grid, f"w{window}")
+    size = int(window)
+    rows, columns = (_ceil_to(side, size) for side in grid)
+    tokens = _raster(memory_grid)[:rows, :columns]
+    return tokens.reshape(rows // size, size, columns // size, size).swapaxes(1, 2)
+
+
+_windows.multiple = int  # type: ignore[attr-defined]
+
+
+@register_direction(r"sub(T?)_(\d)(\d)(\d)")
+def _sub_grid(grid: Grid, memory_grid: Grid, transposed: str, stride: str, row: str, column: str) -> np.ndarray:
+    _require_2d(grid, "sub_SYX")
+    step = int(stride)
+    rows, columns = (_ceil_to(side, step) for side in grid)
+    tokens = _raster(memory_grid)[int(row) : rows : step, int(column) : columns : step]
+    return tokens.T if transposed else tokens
+
+
+_sub_grid.multiple = lambda _transposed, stride, _row, _column: int(stride)  # type: ignore[attr-defined]
+
+
+@register_direction("([thw]{2,3})")
+def _axis_order(grid: Grid, memory_grid: Grid, axes: str) -> np.ndarray:
+    letters = "thw"[-len(grid) :]
+    if sorted(axes) != sorted(letters):
+        raise ValueError(f"grid: direction {axes!r} expects {len(axes)} axes, got {grid}")
+    return _cropped(grid, memory_grid).transpose([letters.index(axis) for axis in axes])

@@ -1,0 +1,7 @@
+"""Selective scan (S6) along scan paths: one operator, several backends, and mamba_ssm's drop-in function."""
+
+from . import pytorch  # noqa: F401  (registers the backend)
+from .op import selective_scan
+from .reference import path_scan_reference
+
+__all__ = ["path_scan_reference", "selective_scan"]
