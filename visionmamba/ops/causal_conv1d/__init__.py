@@ -1,0 +1,7 @@
+"""Causal depthwise convolution along scan paths, and causal_conv1d's drop-in functions."""
+
+from . import pytorch  # noqa: F401  (registers the backend)
+from .op import causal_conv1d
+from .reference import causal_conv1d_reference
+
+__all__ = ["causal_conv1d", "causal_conv1d_reference"]

@@ -2,7 +2,7 @@
 
 The recurrence ``h_t = a_t h_{t-1} + b_t`` over a block of steps is cut into about sqrt(T) rows of sqrt(T) steps. All
 rows advance together, one step at a time, from a zero state; then the rows pass their state on. That is 2 sqrt(T)
-PyTorch calls instead of T. Backward is the same recurrence run in reverse on the adjoint g_t = C_t dy_t + a_{t+1} g_{t+1}.
+PyTorch calls instead of T. Backward is the same recurrence in reverse on the adjoint g_t = C_t dy_t + a_{t+1} g_{t+1}.
 Only the states at the beginning of each block are kept between the two.
 """
 

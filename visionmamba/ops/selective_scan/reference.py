@@ -81,8 +81,12 @@ def path_scan_reference(
 
     outputs, last_states = [], []
     for k in range(num_directions):
-        h = initial_state[:, k].to(dtype) if initial_state is not None else u.new_zeros(batch, channels, states).to(dtype)
-        rows: list[torch.Tensor] = [u.new_zeros(batch, channels).to(dtype)] * num_tokens
+        h = (
+            u.new_zeros((batch, channels, states), dtype=dtype)
+            if initial_state is None
+            else initial_state[:, k].to(dtype)
+        )
+        rows = [u.new_zeros((batch, channels), dtype=dtype)] * num_tokens
         for t, token in enumerate(order[k]):
             if token < 0:
                 continue
