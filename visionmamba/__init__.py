@@ -1,3 +1,11 @@
-"""Mamba vision backbones for timm, on one selective-scan core."""
+"""Mamba vision backbones for timm, on one selective-scan core.
+
+Importing this package registers every model: ``timm.create_model("vmamba_tiny_s1l8")`` works afterwards.
+"""
+
+from . import models
+from .ops import backend
 
 __version__ = "0.1.0"
+
+__all__ = ["__version__", "backend", "models"]

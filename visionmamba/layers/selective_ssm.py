@@ -1,0 +1,148 @@
+"""The selective state space model that all families share: one set of parameters for each direction of a scan path.
+
+Glossary: B batch, L tokens, K directions, D channels (``d_inner``), N ``d_state``, R ``dt_rank``, W ``d_conv``.
+
+Every family projects tokens to ``D`` channels, runs this layer along its own path, gates, and projects back. Tokens
+stay in raster order from end to end. With x the layer's input (Gu & Dao 2023, Mamba, algorithm 2)::
+
+    u_k           = silu(conv_k(x)) along direction k            if d_conv, else x        (B, L, [K,] D)
+    dt_k, B_k, C_k = x_proj_k u_k                                                         (B, L, K, R + 2N)
+    Delta_k       = softplus(dt_proj_k dt_k + dt_bias_k)                                  (B, L, K, D)
+    y_k           = scan along direction k of exp(Delta_k A_k), Delta_k B_k u_k, C_k, + D_k u_k
+    y             = (sum_k y_k) silu(z)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..ops import causal_conv1d, selective_scan
+
+__all__ = ["SelectiveSSM", "init_dt_bias_", "init_s4d_real_"]
+
+
+@torch.no_grad()
+def init_s4d_real_(A_log: torch.Tensor) -> torch.Tensor:
+    """Fill ``A_log`` (..., N) with log(1 .. N), so that A = -exp(A_log) is S4D-Real (Gu et al. 2022, S4D, eq. 9)."""
+    states = torch.arange(1, A_log.shape[-1] + 1, dtype=torch.float32, device=A_log.device)
+    return A_log.copy_(states.log().expand_as(A_log))
+
+
+@torch.no_grad()
+def init_dt_bias_(bias: torch.Tensor, dt_min: float = 1e-3, dt_max: float = 1e-1, floor: float = 1e-4) -> torch.Tensor:
+    """Fill ``bias`` so that softplus(bias) is log-uniform in [dt_min, dt_max] (Gu & Dao 2023, Mamba, section 3.6).
+
+    Args:
+        bias: Tensor to fill, of any shape.
+        dt_min: Smallest step size.
+        dt_max: Largest step size.
+        floor: Step sizes are clamped from below to this.
+
+    Returns:
+        ``bias``.
+    """
+    log_dt = torch.empty_like(bias, dtype=torch.float32).uniform_(math.log(dt_min), math.log(dt_max))
+    dt = log_dt.exp().clamp(min=floor)
+    return bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+
+class SelectiveSSM(nn.Module):
+    """K selective state space models over shared tokens, one along each direction of a scan path.
+
+    Args:
+        d_inner: Channels, D.
+        d_state: States a channel, N.
+        dt_rank: Rank of the step size's projection, R.
+        path: Scan path; its directions set K. See :mod:`visionmamba.ops.scan_path`.
+        d_conv: Taps of a causal depthwise convolution with SiLU along each direction; 0 for none.
+        conv_bias: Whether that convolution has a bias.
+        merge: Sum the directions' outputs.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+    """
+
+    def __init__(
+        self,
+        d_inner: int,
+        d_state: int = 16,
+        dt_rank: int = 12,
+        path: str = "h",
+        d_conv: int = 0,
+        conv_bias: bool = True,
+        merge: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.d_inner, self.d_state, self.dt_rank, self.d_conv = d_inner, d_state, dt_rank, d_conv
+        self.path, self.merge = path, merge
+        self.num_directions = directions = path.count(",") + 1
+        self.conv_weight = nn.Parameter(torch.empty(directions, d_inner, d_conv, **dd)) if d_conv else None
+        self.conv_bias = nn.Parameter(torch.empty(directions, d_inner, **dd)) if d_conv and conv_bias else None
+        self.x_proj_weight = nn.Parameter(torch.empty(directions, dt_rank + 2 * d_state, d_inner, **dd))
+        self.dt_proj_weight = nn.Parameter(torch.empty(directions, d_inner, dt_rank, **dd))
+        self.dt_proj_bias = nn.Parameter(torch.empty(directions, d_inner, **dd))
+        self.A_log = nn.Parameter(torch.empty(directions, d_inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(directions, d_inner, **dd))
+        if not self.A_log.is_meta:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as Mamba does: S4D-Real, log-uniform step sizes, D = 1, PyTorch's defaults elsewhere."""
+        if self.conv_weight is not None:
+            nn.init.uniform_(self.conv_weight, -(self.d_conv**-0.5), self.d_conv**-0.5)
+        if self.conv_bias is not None:
+            nn.init.uniform_(self.conv_bias, -(self.d_conv**-0.5), self.d_conv**-0.5)
+        nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
+        nn.init.uniform_(self.dt_proj_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        init_dt_bias_(self.dt_proj_bias)
+        init_s4d_real_(self.A_log)
+        nn.init.ones_(self.D)
+
+    def project(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Project the scan's input to its low-rank step sizes, B and C.
+
+        Args:
+            u: ``(B, L, D)`` shared by the directions or ``(B, L, K, D)``.
+
+        Returns:
+            ``dt`` ``(B, L, K, R)``, ``B`` and ``C`` ``(B, L, K, N)``.
+        """
+        if u.dim() == 3:
+            projected = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (self.num_directions, -1))
+        else:
+            projected = torch.einsum("blkd,kcd->blkc", u, self.x_proj_weight)
+        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return dt, B, C
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
+        """Scan tokens in raster order.
+
+        Args:
+            x: Tokens, ``(B, L, D)``.
+            z: Gate, ``(B, L, D)``, or None.
+            grid: Size of the token grid.
+
+        Returns:
+            ``(B, L, D)``, or ``(B, L, K, D)`` without ``merge``.
+        """
+        if self.conv_weight is not None:
+            x, _ = causal_conv1d(x, self.conv_weight, self.conv_bias, path=self.path, grid=grid)
+        dt, B, C = self.project(x)
+        A = -torch.exp(self.A_log.float())
+        y, _ = selective_scan(
+            x, dt, A, B, C, self.D, z, self.dt_proj_bias, self.dt_proj_weight,
+            path=self.path, grid=grid, merge=self.merge,
+        )  # fmt: skip
+        return y
+
+    def extra_repr(self) -> str:
+        """Name the sizes and the path in ``repr``."""
+        return (
+            f"{self.d_inner}, d_state={self.d_state}, dt_rank={self.dt_rank}, d_conv={self.d_conv}, path={self.path!r}"
+        )

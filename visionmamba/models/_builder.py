@@ -1,0 +1,170 @@
+"""Building a model as timm does, with this project's way of finding, reading and fitting weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import build_model_with_cfg
+from timm.models._builder import resolve_pretrained_cfg
+from timm.models._pretrained import PretrainedCfg
+
+from ._checkpoint import CheckpointError, load_checkpoint_file
+
+__all__ = ["WeightsUnavailableError", "build_model", "family_modules"]
+
+_logger = logging.getLogger(__name__)
+_MAX_NAMED_KEYS = 5
+
+Tensors = dict[str, torch.Tensor]
+
+
+class WeightsUnavailableError(RuntimeError):
+    """Pretrained weights were asked for and could not be had."""
+
+
+def family_modules() -> list[str]:
+    """Return the names of the modules whose models this package registers with timm."""
+    from . import FAMILIES
+
+    return list(FAMILIES)
+
+
+def _fetch(cfg: PretrainedCfg, variant: str) -> str:
+    """Return a local copy of a model's published weights, downloading it if need be."""
+    try:
+        if cfg.hf_hub_id:
+            from huggingface_hub import hf_hub_download
+
+            return hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+        from timm.models._hub import download_cached_file
+
+        return download_cached_file(cfg.url, check_hash=False, progress=True)
+    except Exception as error:
+        where = f"{cfg.hf_hub_filename} of https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
+        raise WeightsUnavailableError(
+            f"{variant}: the weights could not be downloaded ({type(error).__name__}). Fetch {where} on a machine that "
+            "is online and pass it: create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=PATH)), or "
+            "--checkpoint PATH on the command line."
+        ) from error
+
+
+def _weights(cfg: PretrainedCfg, variant: str) -> Tensors:
+    """Return the checkpoint that a pretrained cfg points at."""
+    if cfg.state_dict is not None:
+        return dict(cfg.state_dict)
+    if cfg.file:
+        return load_checkpoint_file(cfg.file)
+    if not (cfg.url or cfg.hf_hub_id):
+        raise WeightsUnavailableError(
+            f"{variant}: its authors published no weights. Pass your own: "
+            "create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=PATH))."
+        )
+    return load_checkpoint_file(_fetch(cfg, variant))
+
+
+def _differences(state_dict: Tensors, model: nn.Module, ignored: tuple[str, ...]) -> dict[str, list[str]]:
+    """Return what keeps a state dict from fitting a model, by kind."""
+    expected = model.state_dict()
+    kept = {key: value for key, value in state_dict.items() if not key.startswith(ignored)}
+    return {
+        "missing": [key for key in expected if key not in state_dict and not key.startswith(ignored)],
+        "unexpected": [key for key in kept if key not in expected],
+        "of another shape": [
+            f"{key} {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
+            for key, value in kept.items()
+            if key in expected and value.shape != expected[key].shape
+        ],
+    }
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:_MAX_NAMED_KEYS]) + (", ..." if len(keys) > _MAX_NAMED_KEYS else "")
+
+
+def _fitting_models(checkpoint: Tensors) -> list[str]:
+    """Return the registered models that a checkpoint fits exactly."""
+    fitting = []
+    for name in timm.list_models(module=family_modules()):
+        try:
+            timm.create_model(name, device="meta", pretrained=True, pretrained_cfg_overlay={"state_dict": checkpoint})
+            fitting.append(name)
+        except Exception as error:
+            _logger.debug("%s does not fit: %s", name, error)
+    return fitting
+
+
+def _strict_filter(
+    checkpoint_filter_fn: Callable[[Tensors, nn.Module], Tensors], variant: str, explain: bool
+) -> Callable[[Tensors, nn.Module], Tensors]:
+    """Wrap a family's filter so that a misfit is one clear error."""
+
+    def filter_fn(checkpoint: Tensors, model: nn.Module) -> Tensors:
+        state_dict = checkpoint_filter_fn(dict(checkpoint), model)
+        cfg = model.pretrained_cfg
+        classifiers = cfg.get("classifier") or ()
+        classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+        ignored = classifiers if model.num_classes != cfg["num_classes"] else ()
+        if model.in_chans != cfg["input_size"][0]:
+            first_conv = cfg.get("first_conv") or ()
+            ignored += (first_conv,) if isinstance(first_conv, str) else tuple(first_conv)
+        differences = {kind: keys for kind, keys in _differences(state_dict, model, ignored).items() if keys}
+        if differences:
+            listing = "; ".join(f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in differences.items())
+            fitting = _fitting_models(checkpoint) if explain else []
+            hint = f" It fits {', '.join(fitting)}." if fitting else ""
+            raise CheckpointError(f"{variant}: the checkpoint does not fit: {listing}.{hint}")
+        return state_dict
+
+    return filter_fn
+
+
+def build_model(
+    model_cls: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    checkpoint_filter_fn: Callable[[Tensors, nn.Module], Tensors],
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a model of the zoo; the families' counterpart of timm's ``build_model_with_cfg``.
+
+    Args:
+        model_cls: Model class.
+        variant: Registered name.
+        pretrained: Load weights: from ``pretrained_cfg_overlay=dict(file=PATH)`` (an authors' checkpoint in any of its
+            layouts, or this project's own), else from where the authors publish them.
+        checkpoint_filter_fn: ``(state_dict, model) -> state_dict``, from an official layout or this project's own to
+            the model's. Keys of tables that the model recomputes are to be dropped there.
+        **kwargs: As for timm: model arguments, ``features_only``, ``out_indices``, ``pretrained_cfg``, ...
+
+    Returns:
+        The model, or its feature extractor with ``features_only``.
+
+    Raises:
+        WeightsUnavailableError: Weights were asked for and could not be had.
+        CheckpointError: They could not be read or do not fit; says which keys, and which models they would fit.
+    """
+    overlay = kwargs.pop("pretrained_cfg_overlay", None)
+    cfg = resolve_pretrained_cfg(variant, kwargs.pop("pretrained_cfg", None), overlay)
+    if isinstance(cfg, tuple):  # (cfg, additional arguments) in some versions of timm
+        cfg = cfg[0]
+    if not pretrained:
+        return build_model_with_cfg(model_cls, variant, False, pretrained_cfg=cfg, **kwargs)
+    explain = cfg.state_dict is None
+    model = build_model_with_cfg(
+        model_cls,
+        variant,
+        True,
+        pretrained_cfg=replace(cfg, state_dict=_weights(cfg, variant)),
+        pretrained_filter_fn=_strict_filter(checkpoint_filter_fn, variant, explain),
+        **kwargs,
+    )
+    for owner in (model, getattr(model, "model", None)):
+        if hasattr(owner, "pretrained_cfg"):
+            owner.pretrained_cfg.pop("state_dict", None)  # the weights are in the model now
+    return model
