@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._checks import check_dtype, check_same_device, check_shape
+from .._tracing import traceable_overload
 from ..backend import select
 from ..scan_path import scan_path
 
@@ -113,6 +113,9 @@ def _backward(ctx, dout, dfinal_states):
 _causal_conv1d.register_autograd(_backward, setup_context=_setup_context)
 
 
+_traced = traceable_overload("causal_conv1d", _SCHEMA_ARGUMENTS)
+
+
 @register_flop_formula(torch.ops.visionmamba.causal_conv1d)
 def _flops(x_shape, weight_shape, *_args, out_shape=None, **_kwargs) -> int:
     return 2 * prod(x_shape[:2]) * prod(weight_shape)
@@ -130,7 +133,7 @@ def causal_conv1d(
     seq_idx: Tensor | None = None,
     initial_states: Tensor | None = None,
     path: str = "h",
-    grid: Sequence[int] | None = None,
+    grid: list[int] | None = None,
     silu: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Convolve channels-last tokens, depthwise and causally, along each direction of a path.
@@ -159,4 +162,6 @@ def causal_conv1d(
     """
     if grid is None:
         grid = [x.shape[1]]
+    if not torch.jit.is_scripting() and torch.jit.is_tracing():
+        return _traced(x, weight, bias, seq_idx, initial_states, path, [int(size) for size in grid], silu)
     return torch.ops.visionmamba.causal_conv1d(x, weight, bias, seq_idx, initial_states, path, grid, silu)

@@ -2,7 +2,7 @@
 
 The field counts the scan as ``9 B L D N + B L D`` (state-spaces/mamba, issue 110; all six vision families use it or a
 smaller relative), beside multiply-accumulates of the linear and convolution layers. Exponentials, softplus,
-activations, the gate and index arithmetic count nothing there. ``recurrence_flops`` counts what the recurrence as written does.
+activations, the gate and index arithmetic count nothing there. ``recurrence_flops`` counts the recurrence as written.
 """
 
 from __future__ import annotations

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._checks import check_dtype, check_same_device, check_shape
+from .._tracing import traceable_overload
 from ..backend import select
 from ..scan_path import scan_path
 from . import flops
@@ -150,6 +149,9 @@ def _backward(ctx, dy, dlast_state):
 _selective_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
+_traced = traceable_overload("selective_scan", _SCHEMA_ARGUMENTS)
+
+
 @register_flop_formula(torch.ops.visionmamba.selective_scan)
 def _flops(u, delta, A, *_args, out_shape=None, **_kwargs) -> int:
     """Count for torch's FlopCounterMode: the scan by the field's convention, the dt projection as 2 ops a MAC."""
@@ -173,7 +175,7 @@ def selective_scan(
     dt_weight: Tensor | None = None,
     initial_state: Tensor | None = None,
     path: str = "h",
-    grid: Sequence[int] | None = None,
+    grid: list[int] | None = None,
     delta_softplus: bool = True,
     merge: bool = True,
     projections_in_step_order: bool = False,
@@ -216,6 +218,11 @@ def selective_scan(
     """
     if grid is None:
         grid = [u.shape[1]]
+    if not torch.jit.is_scripting() and torch.jit.is_tracing():
+        return _traced(
+            u, delta, A, B, C, D, z, delta_bias, dt_weight, initial_state, path, [int(size) for size in grid],
+            delta_softplus, merge, projections_in_step_order,
+        )  # fmt: skip
     return torch.ops.visionmamba.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, dt_weight, initial_state, path, grid, delta_softplus, merge,
         projections_in_step_order,
