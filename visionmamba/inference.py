@@ -1,0 +1,111 @@
+"""Classifying images with a model of the zoo: its checkpoint, its preprocessing and the names of its classes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from PIL import Image, ImageSequence
+
+__all__ = ["CFG_METADATA_KEY", "class_names", "create_classifier", "create_reader"]
+
+CFG_METADATA_KEY = "pretrained_cfg"
+"""Entry of a safetensors file's metadata: JSON of the part of timm's pretrained cfg in which a checkpoint differs."""
+
+
+def _cfg_of_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what a safetensors file's metadata says about its classes and input; empty for other files."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get(CFG_METADATA_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return {}  # reading the weights says what is wrong with the file
+
+
+def create_classifier(
+    name: str, checkpoint: str | os.PathLike | None = None, num_classes: int | None = None, device: Any = None
+) -> nn.Module:
+    """Build a classifier with its weights.
+
+    Args:
+        name: Name of a timm model, with or without the tag of its weights.
+        checkpoint: File with the weights, in any layout that the model's family accepts. By default the published ones.
+        num_classes: Number of classes that the checkpoint has, where that is neither the model's own nor said in the
+            checkpoint.
+        device: Device for the model.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        visionmamba.models.WeightsUnavailableError: There are no published weights, or they cannot be fetched.
+        visionmamba.models.CheckpointError: The checkpoint cannot be read or does not fit.
+    """
+    overlay: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
+    if checkpoint is not None:
+        overlay = {**_cfg_of_checkpoint(Path(checkpoint)), "file": os.fspath(checkpoint)}
+        if "input_size" in overlay:
+            arguments["in_chans"] = overlay["input_size"][0]
+    if num_classes is not None:
+        overlay["num_classes"] = num_classes
+    if "num_classes" in overlay:
+        arguments["num_classes"] = overlay["num_classes"]
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    return model.to(device=device).eval()
+
+
+def create_reader(model: nn.Module) -> Callable[[str | os.PathLike], torch.Tensor]:
+    """Return the function that turns an image file into a model's input.
+
+    Args:
+        model: A timm model; its ``pretrained_cfg`` says how it was evaluated. If its input is a clip, the frames of an
+            animated image are sampled evenly, and a still image stands still.
+
+    Returns:
+        Path to ``(1, C, H, W)`` or ``(1, C, T, H, W)`` float32 on the CPU. It raises what Pillow raises for a file that
+        is not a readable image.
+    """
+    cfg = dict(model.pretrained_cfg)
+    channels, *frames, height, width = cfg["input_size"]
+    cfg = timm.data.resolve_data_config(pretrained_cfg={**cfg, "input_size": (channels, height, width)})
+    transform = timm.data.create_transform(**cfg, is_training=False)
+    mode = "L" if channels == 1 else "RGB"
+
+    def read(path: str | os.PathLike) -> torch.Tensor:
+        with Image.open(path) as image:
+            if not frames:
+                return transform(image.convert(mode))[None]
+            shots = [transform(shot.convert(mode)) for shot in ImageSequence.Iterator(image)]
+        positions = torch.linspace(0, len(shots) - 1, frames[0]).round().long().tolist()
+        return torch.stack([shots[position] for position in positions], dim=1)[None]
+
+    return read
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """Return the names of a classifier's classes, by index.
+
+    Args:
+        model: A timm model.
+
+    Returns:
+        The names its checkpoint gives, else ImageNet's for 1000 (or 21841) classes, else the indices.
+    """
+    cfg = model.pretrained_cfg
+    if cfg.get("label_names"):
+        return [str(name) for name in cfg["label_names"]]
+    subset = timm.data.infer_imagenet_subset(model)
+    if subset is None:
+        return [str(index) for index in range(model.num_classes)]
+    return timm.data.ImageNetInfo(subset).label_descriptions()
