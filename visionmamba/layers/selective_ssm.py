@@ -61,6 +61,7 @@ class SelectiveSSM(nn.Module):
         d_conv: Taps of a causal depthwise convolution with SiLU along each direction; 0 for none.
         conv_bias: Whether that convolution has a bias.
         merge: Sum the directions' outputs.
+        shared: One set of parameters for all directions instead of one for each.
         device: Where to create the parameters.
         dtype: Their dtype.
     """
@@ -74,6 +75,7 @@ class SelectiveSSM(nn.Module):
         d_conv: int = 0,
         conv_bias: bool = True,
         merge: bool = True,
+        shared: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -81,7 +83,9 @@ class SelectiveSSM(nn.Module):
         super().__init__()
         self.d_inner, self.d_state, self.dt_rank, self.d_conv = d_inner, d_state, dt_rank, d_conv
         self.path, self.merge = path, merge
-        self.num_directions = directions = path.count(",") + 1
+        self.num_directions = path.count(",") + 1
+        self.shared = shared
+        directions = 1 if shared else self.num_directions  # sets of parameters
         self.conv_weight = nn.Parameter(torch.empty(directions, d_inner, d_conv, **dd)) if d_conv else None
         self.conv_bias = nn.Parameter(torch.empty(directions, d_inner, **dd)) if d_conv and conv_bias else None
         self.x_proj_weight = nn.Parameter(torch.empty(directions, dt_rank + 2 * d_state, d_inner, **dd))
@@ -104,19 +108,24 @@ class SelectiveSSM(nn.Module):
         init_s4d_real_(self.A_log)
         nn.init.ones_(self.D)
 
+    def each(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return a parameter for each direction, ``(K, ...)``: a view, also where the directions share one set."""
+        return parameter.expand([self.num_directions] + [-1] * (parameter.dim() - 1)) if self.shared else parameter
+
     def project(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Project the scan's input to its low-rank step sizes, B and C.
 
         Args:
-            u: ``(B, L, D)`` shared by the directions or ``(B, L, K, D)``.
+            u: ``(B, L, D)`` shared by the directions or, after the convolution, ``(B, L, K, D)``.
 
         Returns:
             ``dt`` ``(B, L, K, R)``, ``B`` and ``C`` ``(B, L, K, N)``.
         """
-        if u.dim() == 3:
-            projected = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (self.num_directions, -1))
+        if self.conv_weight is None:
+            projected = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (self.x_proj_weight.shape[0], -1))
+            projected = projected.expand(-1, -1, self.num_directions, -1)
         else:
-            projected = torch.einsum("blkd,kcd->blkc", u, self.x_proj_weight)
+            projected = torch.einsum("blkd,kcd->blkc", u, self.each(self.x_proj_weight))
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return dt, B, C
 
@@ -132,11 +141,12 @@ class SelectiveSSM(nn.Module):
             ``(B, L, D)``, or ``(B, L, K, D)`` without ``merge``.
         """
         if self.conv_weight is not None:
-            x, _ = causal_conv1d(x, self.conv_weight, self.conv_bias, path=self.path, grid=grid)
+            bias = None if self.conv_bias is None else self.each(self.conv_bias)
+            x, _ = causal_conv1d(x, self.each(self.conv_weight), bias, path=self.path, grid=grid)
         dt, B, C = self.project(x)
-        A = -torch.exp(self.A_log.float())
+        A = self.each(-torch.exp(self.A_log.float()))
         y, _ = selective_scan(
-            x, dt, A, B, C, self.D, z, self.dt_proj_bias, self.dt_proj_weight,
+            x, dt, A, B, C, self.each(self.D), z, self.each(self.dt_proj_bias), self.each(self.dt_proj_weight),
             path=self.path, grid=grid, merge=self.merge,
         )  # fmt: skip
         return y

@@ -1,6 +1,8 @@
 """The families, one file each; importing this package registers their models with timm."""
 
-FAMILIES: tuple[str, ...] = ()
+from . import vmamba
+
+FAMILIES: tuple[str, ...] = ("vmamba",)
 """Names of the modules that register models."""
 
-__all__ = ["FAMILIES"]
+__all__ = ["FAMILIES", "vmamba"]
