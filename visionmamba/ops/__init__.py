@@ -1,19 +1,30 @@
 """Operators: the selective scan along paths and its relatives, beside mamba_ssm's and causal_conv1d's names."""
 
 from .backend import BACKENDS, backend, explain
-from .causal_conv1d import causal_conv1d, causal_conv1d_reference
+from .causal_conv1d import (
+    causal_conv1d,
+    causal_conv1d_fn,
+    causal_conv1d_reference,
+    causal_conv1d_update,
+    causal_conv1d_varlen_states,
+)
 from .scan_path import ScanPath, padded_grid, scan_path
-from .selective_scan import path_scan_reference, selective_scan
+from .selective_scan import path_scan_reference, selective_scan, selective_scan_fn, selective_scan_ref
 
 __all__ = [
     "BACKENDS",
     "ScanPath",
     "backend",
     "causal_conv1d",
+    "causal_conv1d_fn",
     "causal_conv1d_reference",
+    "causal_conv1d_update",
+    "causal_conv1d_varlen_states",
     "explain",
     "padded_grid",
     "path_scan_reference",
     "scan_path",
     "selective_scan",
+    "selective_scan_fn",
+    "selective_scan_ref",
 ]
