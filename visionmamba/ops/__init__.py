@@ -8,8 +8,11 @@ from .causal_conv1d import (
     causal_conv1d_update,
     causal_conv1d_varlen_states,
 )
+from .norm import layer_norm_fn, layernorm_fn, rms_norm_fn, rmsnorm_fn
 from .scan_path import ScanPath, padded_grid, scan_path
 from .selective_scan import path_scan_reference, selective_scan, selective_scan_fn, selective_scan_ref
+from .ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined, ssd_scan
+from .state_update import selective_state_update
 
 __all__ = [
     "BACKENDS",
@@ -21,10 +24,18 @@ __all__ = [
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
     "explain",
+    "layer_norm_fn",
+    "layernorm_fn",
+    "mamba_chunk_scan_combined",
+    "mamba_split_conv1d_scan_combined",
     "padded_grid",
     "path_scan_reference",
+    "rms_norm_fn",
+    "rmsnorm_fn",
     "scan_path",
     "selective_scan",
     "selective_scan_fn",
     "selective_scan_ref",
+    "selective_state_update",
+    "ssd_scan",
 ]
