@@ -198,7 +198,8 @@ def _cached_path(name: str, grid: Grid) -> ScanPath:
 
 @lru_cache(maxsize=1024)
 def _cached_order(name: str, grid: Grid, device: torch.device) -> torch.Tensor:
-    return torch.tensor(scan_path(name, grid).order, device=device)
+    with torch.inference_mode(False):  # the table outlives the caller's mode
+        return torch.tensor(scan_path(name, grid).order, device=device)
 
 
 def scan_order(name: str, grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -247,10 +248,12 @@ def _windows(grid: Grid, memory_grid: Grid, window: str) -> np.ndarray:
 _windows.multiple = int  # type: ignore[attr-defined]
 
 
-@register_direction(r"sub(T?)_(\d)(\d)(\d)")
+@register_direction(r"sub(T?)_([1-9])(\d)(\d)")
 def _sub_grid(grid: Grid, memory_grid: Grid, transposed: str, stride: str, row: str, column: str) -> np.ndarray:
     _require_2d(grid, "sub_SYX")
     step = int(stride)
+    if max(int(row), int(column)) >= step:
+        raise ValueError(f"path: sub_SYX expects Y and X below S, got S = {stride}, Y = {row}, X = {column}")
     rows, columns = (_ceil_to(side, step) for side in grid)
     tokens = _raster(memory_grid)[int(row) : rows : step, int(column) : columns : step]
     return tokens.T if transposed else tokens
@@ -259,9 +262,9 @@ def _sub_grid(grid: Grid, memory_grid: Grid, transposed: str, stride: str, row: 
 _sub_grid.multiple = lambda _transposed, stride, _row, _column: int(stride)  # type: ignore[attr-defined]
 
 
-@register_direction("([thw]{2,3})")
+@register_direction("(hw|wh|thw|twh|htw|hwt|wth|wht)")
 def _axis_order(grid: Grid, memory_grid: Grid, axes: str) -> np.ndarray:
-    letters = "thw"[-len(grid) :]
-    if sorted(axes) != sorted(letters):
+    if len(axes) != len(grid):
         raise ValueError(f"grid: direction {axes!r} expects {len(axes)} axes, got {grid}")
+    letters = "thw"[-len(grid) :]
     return _cropped(grid, memory_grid).transpose([letters.index(axis) for axis in axes])
