@@ -15,6 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models.swin_transformer import PatchMerging
 
+from ..layers import SS2D, ConvDownsample, MultiHeadSSM
+
 if TYPE_CHECKING:
     from .vmamba import VMamba
 
@@ -41,6 +43,8 @@ _LEGACY_NAMES = (
 )
 """Names of the authors' earlier checkpoints, and what they became."""
 
+_PATCH_EMBED_NAMES = dict(proj=0, norm=2, conv1=0, norm1=2, conv2=5, norm2=7)
+
 _BLOCK_NAMES = {
     "norm1": "norm",
     "mixer.conv": "op.conv2d",
@@ -54,33 +58,35 @@ _BLOCK_NAMES = {
 """Our names inside a block (the longest prefix counts), and the official ones."""
 
 
+def _official_block_name(name: str, mixer: SS2D) -> str:
+    """Return the official name of a parameter inside a block."""
+    ours = next((prefix for prefix in _BLOCK_NAMES if name == prefix or name.startswith(f"{prefix}.")), None)
+    if ours is not None:
+        name = _BLOCK_NAMES[ours] + name.removeprefix(ours)
+    if isinstance(mixer.out_norm, nn.Conv2d):
+        name = name.replace("out_norm.", "out_norm.1.")
+    elif isinstance(mixer.out_norm, nn.Sequential):
+        name = name.replace("out_norm.1.", "out_norm.2.")
+    if isinstance(mixer.ssm, MultiHeadSSM):  # theirs stands between two permutations
+        name = name.replace("op.conv2d.", "op.conv2d.1.")
+    return name
+
+
 def _official_name(name: str, model: VMamba) -> str:
     """Return the official name of one of our parameters."""
     module, _, leaf = name.rpartition(".")
-    if module.startswith("patch_embed."):
-        layer = module.removeprefix("patch_embed.")
-        return f"patch_embed.{dict(proj=0, norm=2, conv1=0, norm1=2, conv2=5, norm2=7)[layer]}.{leaf}"
-    downsample = re.fullmatch(r"stages\.(\d+)\.downsample\.(\w+)", module)
-    if downsample:  # ours opens a stage, theirs closes the one before
-        index, layer = int(downsample[1]) - 1, downsample[2]
-        if not isinstance(model.stages[index + 1].downsample, PatchMerging):
-            layer = dict(conv=1, norm=3)[layer]
-        return f"layers.{index}.downsample.{layer}.{leaf}"
-    block = re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(.+)", name)
-    if block:
-        inner = block[3]
-        ours = next((prefix for prefix in _BLOCK_NAMES if inner == prefix or inner.startswith(f"{prefix}.")), None)
-        if ours is not None:
-            inner = _BLOCK_NAMES[ours] + inner.removeprefix(ours)
-        mixer = model.stages[int(block[1])].blocks[int(block[2])].mixer
-        if isinstance(mixer.out_norm, nn.Conv2d):
-            inner = inner.replace("out_norm.", "out_norm.1.")
-        elif isinstance(mixer.out_norm, nn.Sequential):
-            inner = inner.replace("out_norm.1.", "out_norm.2.")
-        return f"layers.{block[1]}.blocks.{block[2]}.{inner}"
-    return (
-        {"norm": "classifier.norm", "head.fc": "classifier.head"}.get(module, module) + f".{leaf}" if module else name
-    )
+    part, *rest = module.split(".")
+    if part == "patch_embed":
+        return f"patch_embed.{_PATCH_EMBED_NAMES[rest[0]]}.{leaf}"
+    if part == "stages" and rest[1] == "downsample":  # ours opens a stage, theirs closes the one before
+        numbered = isinstance(model.stages[int(rest[0])].downsample, ConvDownsample)
+        layer = dict(conv="1", norm="3")[rest[2]] if numbered else rest[2]
+        return f"layers.{int(rest[0]) - 1}.downsample.{layer}.{leaf}"
+    if part == "stages":
+        stage, _, block, inner = name.removeprefix("stages.").split(".", 3)
+        mixer = model.stages[int(stage)].blocks[int(block)].mixer
+        return f"layers.{stage}.blocks.{block}.{_official_block_name(inner, mixer)}"
+    return {"norm": f"classifier.norm.{leaf}", "head.fc": f"classifier.head.{leaf}"}.get(module, name)
 
 
 def official_state_dict(state_dict: Mapping[str, torch.Tensor], model: VMamba) -> Tensors:
@@ -103,33 +109,49 @@ def official_state_dict(state_dict: Mapping[str, torch.Tensor], model: VMamba) -
     return official
 
 
+def _our_names(model: VMamba) -> dict[str, str]:
+    """Return our name of every official parameter of a model, in any of the authors' layouts."""
+    names = {_official_name(name, model): name for name in model.state_dict()}
+    names.update({f"classifier.head.{leaf}": f"head.fc.{leaf}" for leaf in ("weight", "bias")})
+    if isinstance(model.stages[-1].downsample, PatchMerging):  # the single-file layout numbers what the other names
+        for name, number in (("norm", 1), ("reduction", 2)):
+            names.update({k.replace(f"downsample.{name}", f"downsample.{number}"): v for k, v in names.items()})
+    return names
+
+
+def _our_shape(key: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Bring an official parameter to our shape, where the two are the same thing."""
+    if key == "pos_embed":
+        return resize_pos_embed(value.permute(0, 2, 3, 1), list(shape[1:3]))
+    if key.endswith(("ssm.A_log", "ssm.D")) and value.shape == (shape[0] * shape[1], *shape[2:]):
+        return value.unflatten(0, shape[:2])
+    if value.dim() == 4 and len(shape) == 2 and value.shape[2:] == (1, 1):
+        return value.flatten(1)  # a linear layer saved as a 1 x 1 convolution
+    return value
+
+
 def checkpoint_filter_fn(state_dict: Tensors, model: VMamba) -> Tensors:
-    """Convert a checkpoint of the authors (any of its layouts) or of this project to the model's state dict."""
+    """Convert a checkpoint to the model's state dict.
+
+    Args:
+        state_dict: The authors', in any of their layouts, or this project's own.
+        model: The model it is for; a position embedding is resized to it.
+
+    Returns:
+        Our names and shapes; what is not known is passed on as it is.
+    """
     expected = model.state_dict()
     if any(key.startswith("stages.") for key in state_dict):
-        names = {}
-    else:
-        names = {_official_name(name, model): name for name in expected}
-        names.update({f"classifier.head.{leaf}": f"head.fc.{leaf}" for leaf in ("weight", "bias")})
-        if isinstance(model.stages[-1].downsample, PatchMerging):  # numbered in the authors' single-file layout
-            for name, number in (("norm", 1), ("reduction", 2)):
-                names.update({k.replace(f"downsample.{name}", f"downsample.{number}"): v for k, v in names.items()})
-    converted = {}
+        converted = dict(state_dict)
+        if "pos_embed" in converted and "pos_embed" in expected:
+            converted["pos_embed"] = resize_pos_embed(converted["pos_embed"], list(expected["pos_embed"].shape[1:3]))
+        return converted
+    names, converted = _our_names(model), {}
     for key, value in state_dict.items():
-        if names:
-            for pattern, replacement in _LEGACY_NAMES:
-                key = re.sub(pattern, replacement, key)
-            if key == "pos_embed":
-                value = value.permute(0, 2, 3, 1)
+        for pattern, replacement in _LEGACY_NAMES:
+            key = re.sub(pattern, replacement, key)
         key = names.get(key, key)
-        shape = expected[key].shape if key in expected else value.shape
-        if key == "pos_embed" and key in expected:
-            value = resize_pos_embed(value, list(shape[1:3]))
-        elif names and key.endswith(("ssm.A_log", "ssm.D")) and value.shape == (shape[0] * shape[1], *shape[2:]):
-            value = value.unflatten(0, shape[:2])
-        elif value.dim() == 4 and len(shape) == 2 and value.shape[2:] == (1, 1):
-            value = value.flatten(1)  # a linear layer saved as a 1 x 1 convolution
-        converted[key] = value
+        converted[key] = _our_shape(key, value, expected[key].shape) if key in expected else value
     return converted
 
 

@@ -8,8 +8,6 @@ are the authors'. ``vanilla_vmamba_*`` is the paper's first version (no MLP, gat
 its like the second (MLP, no gate, 1 state; ratio 1, 8 blocks in stage 3), ``vmamba_*_m2`` scans with Mamba-2's heads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -555,6 +553,6 @@ def vmamba_base_m2(pretrained: bool = False, **kwargs: Any) -> VMamba:
 
 @register_model
 def test_vmamba(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """A micro model with every part of the second version, for tests and demonstrations: 0.3 M parameters."""
-    model_args = dict(depths=(1, 1, 2, 1), dims=16)
+    """A micro model of the second version, for tests and demonstrations: 0.3 M parameters."""
+    model_args = dict(depths=(1, 1, 2, 1), dims=(24, 48, 64, 96))
     return _create_vmamba("test_vmamba", pretrained, **dict(model_args, **kwargs))
