@@ -67,7 +67,6 @@ def progress(**kwargs: Any) -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
         **kwargs,
     )

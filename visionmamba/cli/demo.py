@@ -25,14 +25,14 @@ def _train(trainer: Trainer, checkpoint: Path) -> None:
     config = trainer.config
     saved = "nothing was saved"
     with progress() as bar:
-        task = bar.add_task(f"training {config.model}", total=config.epochs * trainer.steps_per_epoch, note="")
+        task = bar.add_task(f"training {config.model}", total=config.epochs * trainer.steps_per_epoch)
         try:
             for epoch in range(1, config.epochs + 1):
                 loss = trainer.epoch(lambda: bar.advance(task))
                 accuracy = trainer.accuracy()
                 save_checkpoint(trainer.model, config.model, checkpoint)
                 saved = f"{checkpoint} holds the weights after epoch {epoch} of {config.epochs} ({accuracy:.1%} right)"
-                bar.update(task, note=f"loss {loss:.3f}, held out {accuracy:.1%}")
+                bar.update(task, description=f"training {config.model}: loss {loss:.3f}, {accuracy:.1%} right")
         except KeyboardInterrupt:
             bar.stop()
             typer.echo(f"interrupted: {saved}", err=True)
@@ -85,8 +85,7 @@ def demo(
     import torch
 
     from visionmamba.demo import DemoConfig
-
-    from ._zoo import model_names
+    from visionmamba.zoo import model_names
 
     if not timm.is_model(model):
         check_model_name(model, model_names())

@@ -12,7 +12,7 @@ from ._common import JsonOption, check_model_name, console, print_json
 def _facts(name: str) -> dict[str, Any]:
     import timm
 
-    from ._zoo import published_top1, summarize, weights_source
+    from visionmamba.zoo import published_top1, summarize, weights_source
 
     model = timm.create_model(name, device="meta")
     cfg = model.pretrained_cfg
@@ -47,7 +47,7 @@ def info(
     """Show what is known about a model: size, input, published result, weights, licence, paper, features."""
     from rich.table import Table
 
-    from ._zoo import model_names
+    from visionmamba.zoo import model_names
 
     check_model_name(name, model_names())
     facts = _facts(name)

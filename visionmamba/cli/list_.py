@@ -16,7 +16,7 @@ def list_(
     """List the models: family, parameters, published top-1 and where the weights come from."""
     from rich.table import Table
 
-    from ._zoo import model_names, summarize
+    from visionmamba.zoo import model_names, summarize
 
     names = model_names(pattern)
     if not names:

@@ -21,8 +21,7 @@ def _classifier(name: str, checkpoint: Path | None, num_classes: int | None, dev
     import torch
 
     from visionmamba.inference import create_classifier
-
-    from ._zoo import model_names
+    from visionmamba.zoo import model_names
 
     if not timm.is_model(name.split(".")[0]):
         check_model_name(name, model_names())
@@ -63,7 +62,7 @@ def _predict(model: torch.nn.Module, images: list[Path], topk: int) -> list[dict
     failed: dict[Path, str] = {}
     top: dict[Path, list[dict[str, Any]]] = {}
     with progress(transient=True) as bar, torch.inference_mode():
-        task = bar.add_task("classifying", total=len(images), note="")
+        task = bar.add_task("classifying", total=len(images))
         for paths, batch in _batches(images, read, failed):
             shares, indices = model(batch.to(device)).float().softmax(-1).topk(topk)
             for path, row, classes in zip(paths, shares.tolist(), indices.tolist(), strict=True):

@@ -1,0 +1,18 @@
+"""What all tests share: what is skipped where, and one thread for each parallel worker."""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch and numba start their threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
