@@ -125,6 +125,13 @@ class TestProperties:
             assert (path.inverse[k] >= 0).sum() == len(steps)
 
     @property_test
+    @given(st.lists(directions, min_size=2, max_size=4), grids)
+    def test_padding_of_one_direction_does_not_move_another(self, names, grid):
+        path = scan_path(",".join(names), grid)
+        for k, name in enumerate(names):
+            assert np.array_equal(path.coordinates(k), scan_path(name, grid).coordinates(0))
+
+    @property_test
     @given(st.sampled_from(AXIS_ORDERS), st.lists(st.integers(1, 9), min_size=3, max_size=3))
     def test_axis_orders_are_transpositions(self, axes, sizes):
         grid = tuple(sizes[: len(axes)])
