@@ -74,6 +74,7 @@ def register_implementation(implementation: Implementation) -> None:
     if implementation.backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {implementation.backend!r}")
     _implementations.setdefault(implementation.op, {})[implementation.backend] = implementation
+    _probe.cache_clear()
 
 
 @contextlib.contextmanager
@@ -110,6 +111,12 @@ def _probe(op: str, name: str) -> str | None:
     return _implementations[op][name].probe()
 
 
+def _backends_of(op: str) -> dict[str, Implementation]:
+    if op not in _implementations:
+        raise ValueError(f"op: expected one of {', '.join(operators())}, got {op!r}")
+    return _implementations[op]
+
+
 def _objection(implementation: Implementation, device_type: str, arguments: tuple[Any, ...]) -> str | None:
     """Return why an implementation cannot take a call, or None."""
     if implementation.device_types and device_type not in implementation.device_types:
@@ -133,7 +140,7 @@ def select(op: str, device_type: str, *arguments: Any) -> Implementation:
     Raises:
         RuntimeError: The forced backend does not exist for the operator or cannot take the call.
     """
-    table = _implementations[op]
+    table = _backends_of(op)
     forced = requested_backend()
     if forced is not None:
         if forced not in table:
@@ -157,8 +164,11 @@ def explain(op: str, device_type: str) -> dict[str, str | None]:
 
     Returns:
         Backend name to reason, None where it can run, in order of preference.
+
+    Raises:
+        ValueError: There is no such operator.
     """
-    table = _implementations[op]
+    table = _backends_of(op)
     return {name: _objection(table[name], device_type, ()) for name in BACKENDS if name in table}
 
 
