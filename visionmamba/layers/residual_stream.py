@@ -1,0 +1,86 @@
+"""Pre-norm blocks around a token mixer, with the residual stream in float32.
+
+The authors of Vim and LocalVim write a block as "add, norm, mix": it takes the last mixer's output and the residual
+stream, adds one to the other, and returns the next pair. Adding at a block's end instead of at the next one's beginning
+is the same sum, and leaves an ordinary residual block, ``x = x + mixer(norm(x))``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath, register_notrace_function
+
+from .rope import apply_rope
+
+__all__ = ["STREAM_NORMS", "ResidualBlock", "StreamLayerNorm", "StreamRMSNorm", "widen"]
+
+
+@torch.fx.wrap
+@register_notrace_function
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` in the residual stream's dtype: float32, or float64 for float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class StreamRMSNorm(nn.RMSNorm):
+    """RMSNorm of the residual stream: computed in the stream's dtype, returned in the parameters'."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise ``(..., C)``."""
+        weight = self.weight
+        return F.rms_norm(x, self.normalized_shape, weight.to(x.dtype), self.eps).to(weight.dtype)
+
+
+class StreamLayerNorm(nn.LayerNorm):
+    """LayerNorm of the residual stream: computed in the stream's dtype, returned in the parameters'."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise ``(..., C)``."""
+        weight, bias = self.weight, self.bias
+        return F.layer_norm(x, self.normalized_shape, weight.to(x.dtype), bias.to(x.dtype), self.eps).to(weight.dtype)
+
+
+STREAM_NORMS = {"rms": StreamRMSNorm, "layer": StreamLayerNorm}
+
+
+class ResidualBlock(nn.Module):
+    """``x + scale * mixer(norm(x))`` over tokens ``(B, L, C)``, and a rotation of the sum where asked for.
+
+    Args:
+        mixer: Maps tokens ``(B, L, C)`` to the same shape.
+        norm: Norm of the residual stream, see :data:`STREAM_NORMS`.
+        drop_path: Rate of stochastic depth of the mixer's output.
+        scale: Factor of the mixer's output; it costs nothing in the sum.
+        rope: What to rotate before the next block: ``"stream"`` the sum, ``"mixer"`` only what this block adds to the
+            stream, ``""`` nothing. The authors rotate a block's two inputs; the rotation is linear, so rotating the sum
+            is the same.
+    """
+
+    def __init__(
+        self, mixer: nn.Module, norm: nn.Module, drop_path: float = 0.0, scale: float = 1.0, rope: str = ""
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        self.mixer = mixer
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.scale, self.rope = scale, rope
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the mixer's output, without ``scale``, for the residual stream ``x``."""
+        return self.mixer(self.norm(x))
+
+    def add(self, x: torch.Tensor, h: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+        """Add the mixer's output to the stream; ``table`` holds the rotation, see :func:`apply_rope`."""
+        h = self.drop_path(h)
+        if table is not None and self.rope == "mixer":
+            h = apply_rope(h, table)
+        x = torch.add(x, h, alpha=self.scale)
+        if table is not None and self.rope == "stream":
+            x = apply_rope(x, table)
+        return x
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+        """Transform the residual stream ``(B, L, C)``."""
+        return self.add(x, self.branch(x), table)

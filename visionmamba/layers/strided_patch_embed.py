@@ -1,0 +1,78 @@
+"""Patches as a sequence of tokens, with a stride of their own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from timm.layers import lecun_normal_, to_2tuple
+from timm.layers.trace_utils import _assert
+
+__all__ = ["StridedPatchEmbed"]
+
+
+class StridedPatchEmbed(nn.Module):
+    """One convolution from an image to a sequence of patch tokens in raster order.
+
+    Pixels that do not fill a patch at the right and the bottom are not read.
+
+    Args:
+        img_size: Image size, (height, width) or one for both.
+        patch_size: Side of a patch.
+        stride: Distance of neighbouring patches; ``patch_size`` if absent.
+        in_chans: Channels of the image.
+        embed_dim: Channels of the tokens, C.
+        strict_img_size: Take images of ``img_size`` only.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        stride: int | None = None,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        strict_img_size: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.stride = to_2tuple(patch_size), to_2tuple(stride or patch_size)
+        self.strict_img_size = strict_img_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, device=device, dtype=dtype)
+        self.set_input_size(img_size)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make another image size the nominal one."""
+        self.img_size = to_2tuple(img_size)
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        if min(self.grid_size) < 1:
+            raise ValueError(f"img_size: expected at least a patch of {self.patch_size}, got {self.img_size}")
+
+    def init_weights(self) -> None:
+        """Initialise the convolution as Vim does: LeCun normal, without bias."""
+        lecun_normal_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Return the stride in pixels."""
+        return max(self.stride) if as_scalar else self.stride
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Return the patch grid, (rows, columns), of an image size."""
+        return (
+            (img_size[0] - self.patch_size[0]) // self.stride[0] + 1,
+            (img_size[1] - self.patch_size[1]) // self.stride[1] + 1,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Embed images ``(B, in_chans, height, width)`` as ``(B, L, C)``."""
+        height, width = x.shape[2], x.shape[3]
+        if self.strict_img_size:
+            _assert(
+                height == self.img_size[0] and width == self.img_size[1],
+                f"x: expected images of {self.img_size[0]}x{self.img_size[1]}, got {height}x{width}",
+            )
+        return self.proj(x).flatten(2).transpose(1, 2)

@@ -1,0 +1,780 @@
+"""Vim: a plain backbone whose token mixer scans the sequence of patches both ways.
+
+Paper: "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model", Zhu et al. 2024,
+https://arxiv.org/abs/2401.09417
+Official code and weights (Apache-2.0): https://github.com/hustvl/Vim
+
+Written from the paper and from published facts about the official models (names, shapes, hyperparameters); the weights
+are the authors'. Patches stay a sequence in raster order with the class token in its middle; the two directions are
+the path ``"h,h_flip"`` over that sequence, so a class token is visited like any other token. Both directions share one
+gate: gating each before turning it round is gating their sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import LayerScale, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.models import checkpoint, generate_default_cfgs, register_model, register_model_deprecations
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+
+from ..layers import (
+    CLASS_TOKEN_POSITIONS,
+    STREAM_NORMS,
+    ResidualBlock,
+    SelectiveSSM,
+    StridedPatchEmbed,
+    apply_rope,
+    axial_rope_table,
+    class_token_indices,
+    insert_class_token,
+    remove_class_token,
+    resize_pos_embed_aligned,
+    resize_pos_embed_official,
+    take_class_token,
+    widen,
+)
+from ..ops import causal_conv1d, selective_scan
+from ._builder import build_model
+
+__all__ = ["Vim", "official_arguments", "official_state_dict"]
+
+Tensors = dict[str, torch.Tensor]
+
+_DIRECTIONS = ("mean", "sum", "tied", "forward")
+_POOLS = ("", "token", "avg", "last", "max")
+_FEATURE_STREAMS = ("residual", "mixer")
+_WITHOUT_DECAY = ("pos_embed", "cls_token", "A_log", "D", "conv_bias", "dt_proj_bias")
+
+
+class TiedSSM(SelectiveSSM):
+    """Both directions of a sequence with one set of parameters, except for A.
+
+    The convolution runs forwards only, and both scans read its output, step sizes, B and C.
+
+    Args:
+        d_inner: Channels, D.
+        d_state: States a channel, N.
+        dt_rank: Rank of the step size's projection, R.
+        path: The two directions.
+        d_conv: Taps of the convolution.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+    """
+
+    def __init__(
+        self,
+        d_inner: int,
+        d_state: int = 16,
+        dt_rank: int = 12,
+        path: str = "h,h_flip",
+        d_conv: int = 4,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(d_inner, d_state, dt_rank, path.split(",")[0], d_conv, device=device, dtype=dtype)
+        self.conv_path, self.path = self.path, path
+        self.A_log = nn.Parameter(self.A_log.detach().repeat(2, 1, 1))
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
+        """Scan tokens ``(B, L, D)`` both ways, gated by ``z`` ``(B, L, D)``; returns the sum, ``(B, L, D)``."""
+        x, _ = causal_conv1d(x, self.conv_weight, self.conv_bias, path=self.conv_path, grid=grid)
+        dt, B, C = self.project(x)
+        y, _ = selective_scan(
+            x.squeeze(2), dt.expand(-1, -1, 2, -1), -torch.exp(self.A_log.float()), B.expand(-1, -1, 2, -1),
+            C.expand(-1, -1, 2, -1), self.D.expand(2, -1), z, self.dt_proj_bias.expand(2, -1),
+            self.dt_proj_weight.expand(2, -1, -1), path=self.path, grid=grid,
+        )  # fmt: skip
+        return y
+
+
+class VimMixer(nn.Module):
+    """Vim's token mixer: project to a gated, wider space, scan it along the sequence, project back.
+
+    Args:
+        dim: Channels of the tokens, C.
+        expand: Channels inside relative to C.
+        d_state: States a channel, N.
+        d_conv: Taps of the causal convolution.
+        dt_rank: Rank of the step sizes; ``ceil(C / 16)`` if absent.
+        directions: See :class:`Vim`.
+        reverse: Scan the reversed sequence.
+        layer_scale: Initial scale of each output channel; None for no scale.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expand: int = 2,
+        d_state: int = 16,
+        d_conv: int = 4,
+        dt_rank: int | None = None,
+        directions: str = "mean",
+        reverse: bool = False,
+        layer_scale: float | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        d_inner = expand * dim
+        path = "h_flip,h" if reverse else "h,h_flip"
+        if directions == "forward":
+            path = path.split(",")[0]
+        ssm = TiedSSM if directions == "tied" else SelectiveSSM
+        self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, **dd)
+        self.ssm = ssm(d_inner, d_state, dt_rank or -(-dim // 16), path, d_conv, **dd)
+        self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
+        self.layer_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Mix tokens ``(B, L, C)``."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        return self.layer_scale(self.out_proj(self.ssm(x, z, [x.shape[1]])))
+
+
+class BlockPair(nn.Module):
+    """Two blocks over the same tokens, the second over their reversal, whose residual streams are summed.
+
+    Args:
+        first: Block over the sequence.
+        second: Block over the reversed sequence.
+    """
+
+    def __init__(self, first: ResidualBlock, second: ResidualBlock) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.scale = first.scale
+
+    def step(self, x: torch.Tensor, table: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what :meth:`ResidualBlock.step` does, summed over both blocks."""
+        first, first_h = self.first.step(x, table)
+        second, second_h = self.second.step(x, table)
+        return first + second, first_h + second_h
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+        """Transform the residual stream ``(B, L, C)``."""
+        return self.first(x, table) + self.second(x, table)
+
+
+class Vim(nn.Module):
+    """Vision Mamba; defaults are those of the published ``vim_tiny_patch16_224``.
+
+    Args:
+        img_size: Image size, (height, width) or one for both.
+        patch_size: Side of a patch.
+        stride: Distance of neighbouring patches; ``patch_size`` if absent.
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 for no classifier.
+        global_pool: ``"token"`` the class token; ``"avg"`` or ``"last"`` of the patch tokens; ``"max"`` the largest
+            logit over the patch tokens, as in the authors' code (the pooling comes after the classifier); ``""`` none.
+        embed_dim: Channels of the tokens, C.
+        depth: Number of blocks.
+        class_token: ``"middle"`` (published), ``"head"`` (as in the paper's first version), ``"double"`` (one at each
+            end, averaged at last) or ``""`` for none.
+        pos_embed: Learn an absolute position embedding, with rows for the class tokens too.
+        pos_embed_resize: How a checkpoint's position embedding of another grid is made to fit: ``"official"``, which
+            the published fine-tuned models were made with and which mistakes the middle class token's row for a
+            patch's, or ``"aligned"``. Sizes that change after construction are always aligned.
+        dynamic_img_size: Take images of any size, resizing the position embedding on the fly.
+        rope: Rotary embedding before each block, ``"stream"`` of the residual stream, ``"mixer"`` of what the last
+            block added to it, or ``""``.
+        rope_skip: Tokens without rotation: ``"first"``, as many first tokens as there are class tokens, which is wrong
+            for a middle class token but what the authors' models do, or ``"class"``, the class tokens.
+        rope_reference_size: Side of the grid that the rotary embedding's positions are scaled to.
+        expand: Channels inside the mixer relative to C.
+        d_state: States a channel, N.
+        d_conv: Taps of the causal convolution.
+        dt_rank: Rank of the step sizes; ``ceil(C / 16)`` if absent.
+        directions: ``"mean"`` both ways with parameters of their own, averaged (published); ``"sum"``, the same
+            without halving the sum; ``"tied"`` both ways with shared parameters except for A, summed; ``"forward"``
+            one way only.
+        paired: Blocks work in pairs on the same tokens, the second on their reversal, and their streams are summed
+            (that doubles the residual).
+        norm: ``"rms"`` or ``"layer"``.
+        norm_eps: Added to the mean square (the variance).
+        final_norm: Norm after the last block; the authors' detection backbones go without.
+        residual_in_float32: Keep the residual stream in float32 whatever the parameters' dtype.
+        layer_scale: Initial scale of each channel of the mixers' outputs; None for no scale.
+        init_backward_dt: Initialise the backward direction's step sizes as the forward's. The published models begin
+            with a bias of 0 there, a step of about 0.69 instead of 0.001 to 0.1.
+        feature_stream: What intermediate features are: ``"residual"`` the stream after a block, as the next block's
+            norm sees it, or ``"mixer"`` the block's mixer output alone.
+        drop_rate: Dropout before the classifier.
+        pos_drop_rate: Dropout after the position embedding.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        stride: int | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 192,
+        depth: int = 24,
+        class_token: str = "middle",
+        pos_embed: bool = True,
+        pos_embed_resize: str = "official",
+        dynamic_img_size: bool = False,
+        rope: str = "",
+        rope_skip: str = "first",
+        rope_reference_size: int = 14,
+        expand: int = 2,
+        d_state: int = 16,
+        d_conv: int = 4,
+        dt_rank: int | None = None,
+        directions: str = "mean",
+        paired: bool = False,
+        norm: str = "rms",
+        norm_eps: float = 1e-5,
+        final_norm: bool = True,
+        residual_in_float32: bool = True,
+        layer_scale: float | None = None,
+        init_backward_dt: bool = False,
+        feature_stream: str = "residual",
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        _check_choice("class_token", class_token, CLASS_TOKEN_POSITIONS)
+        _check_choice("pos_embed_resize", pos_embed_resize, ("official", "aligned"))
+        _check_choice("rope", rope, ("", "mixer", "stream"))
+        _check_choice("rope_skip", rope_skip, ("first", "class"))
+        _check_choice("directions", directions, _DIRECTIONS)
+        _check_choice("norm", norm, tuple(STREAM_NORMS))
+        _check_choice("feature_stream", feature_stream, _FEATURE_STREAMS)
+        if paired and depth % 2:
+            raise ValueError(f"depth: expected an even number of paired blocks, got {depth}")
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.class_token = class_token
+        self.num_class_tokens = len(class_token_indices(self.class_token, 1))
+        self.global_pool = self._check_pool(global_pool)
+        self.pos_embed_resize, self.dynamic_img_size = pos_embed_resize, dynamic_img_size
+        self.rope, self.rope_skip, self.rope_reference_size = rope, rope_skip, rope_reference_size
+        self.residual_in_float32, self.init_backward_dt = residual_in_float32, init_backward_dt
+        self.feature_stream, self.grad_checkpointing = feature_stream, False
+
+        self.patch_embed = StridedPatchEmbed(
+            img_size, patch_size, stride, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
+        )
+        tokens = self.num_class_tokens
+        self.cls_token = nn.Parameter(torch.empty(1, tokens, embed_dim, **dd)) if tokens else None
+        length = self.patch_embed.num_patches + tokens
+        self.pos_embed = nn.Parameter(torch.empty(1, length, embed_dim, **dd)) if pos_embed else None
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+
+        mixer = dict(
+            expand=expand, d_state=d_state, d_conv=d_conv, dt_rank=dt_rank, directions=directions,
+            layer_scale=layer_scale, **dd,
+        )  # fmt: skip
+        last = depth - (2 if paired else 1)  # nothing reads the stream's rotation after the last block
+        blocks = [
+            ResidualBlock(
+                VimMixer(embed_dim, reverse=paired and i % 2 == 1, **mixer),
+                STREAM_NORMS[norm](embed_dim, eps=norm_eps, **dd),
+                drop_path=rate,
+                scale=0.5 if directions == "mean" else 1.0,
+                rope=rope if i < last else "",
+            )
+            for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth))
+        ]
+        if paired:
+            blocks = [BlockPair(*pair) for pair in zip(blocks[::2], blocks[1::2], strict=True)]
+        self.blocks = nn.Sequential(*blocks)
+        self.feature_info = [
+            dict(num_chs=embed_dim, reduction=self.patch_embed.feat_ratio(), module=f"blocks.{i}")
+            for i in range(len(blocks))
+        ]
+        self.norm = STREAM_NORMS[norm](embed_dim, eps=norm_eps, **dd) if final_norm else nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        if not self.patch_embed.proj.weight.is_meta:
+            self.init_weights(needs_reset=False)
+
+    def _check_pool(self, global_pool: str) -> str:
+        _check_choice("global_pool", global_pool, _POOLS)
+        if global_pool == "token" and not self.class_token:
+            raise ValueError('global_pool: expected "avg", "last", "max" or "" without a class token, got "token"')
+        return global_pool
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise as the authors do.
+
+        Args:
+            needs_reset: Also reset what initialises itself when it is constructed (after a model was made on ``meta``).
+        """
+        mixers = [module for module in self.modules() if isinstance(module, VimMixer)]
+        if needs_reset:
+            for module in self.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+        self.patch_embed.init_weights()
+        for mixer in mixers:
+            with torch.no_grad():
+                mixer.out_proj.weight /= len(mixers) ** 0.5
+                if mixer.ssm.dt_proj_bias.shape[0] == 2 and not self.init_backward_dt:
+                    mixer.ssm.dt_proj_bias[1].zero_()
+        for embedding in (self.pos_embed, self.cls_token):
+            if embedding is not None:
+                trunc_normal_(embedding, std=0.02)
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of embeddings, dynamics and stacked biases.
+
+        The authors' training did decay ``A_log`` and its backward twin, against Mamba's and its own intention: remove
+        them from the set to repeat it.
+        """
+        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in _WITHOUT_DECAY}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the regular expressions that group parameters by depth."""
+        blocks = r"^blocks\.(\d+)"
+        return dict(
+            stem=r"^cls_token|^pos_embed|^patch_embed",
+            blocks=blocks if coarse else [(blocks, None), (r"^norm", (99999,))],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier."""
+        return self.head
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Classes; 0 for no classifier.
+            global_pool: Pooling; unchanged if absent.
+        """
+        if global_pool is not None:
+            self.global_pool = self._check_pool(global_pool)
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
+        """Make another image size the model's own; the position embedding is resized, every row where it belongs.
+
+        Args:
+            img_size: Height and width.
+        """
+        if img_size is None:
+            return
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size)
+        grid = self.patch_embed.grid_size
+        if self.pos_embed is not None and grid != old_grid:
+            resized = resize_pos_embed_aligned(self.pos_embed.detach(), grid, self.class_token, old_grid)
+            self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+        update_model_input_size(self, self.patch_embed.img_size)
+
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the first block's input ``(B, L, C)``, and the rotary embedding's table if there is one."""
+        grid = self.patch_embed.grid_size
+        if self.dynamic_img_size:
+            grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+        x = self.patch_embed(x)
+        if self.cls_token is not None:
+            x = insert_class_token(x, self.cls_token, self.class_token)
+        if self.pos_embed is not None:
+            pos_embed = self.pos_embed
+            if self.dynamic_img_size:
+                pos_embed = self._resized_pos_embed(grid)
+            x = x + pos_embed
+        x = self.pos_drop(x)
+        if self.residual_in_float32:
+            x = widen(x)
+        if self.rope == "":
+            return x, None
+        table = axial_rope_table(
+            self.embed_dim, grid, self._unrotated_rows(grid), self.rope_reference_size, device=x.device
+        )
+        return apply_rope(x, table), table
+
+    @torch.jit.ignore
+    def _resized_pos_embed(self, grid: tuple[int, int]) -> torch.Tensor:
+        if grid == self.patch_embed.grid_size:
+            return self.pos_embed
+        return resize_pos_embed_aligned(self.pos_embed, grid, self.class_token, self.patch_embed.grid_size)
+
+    @torch.jit.ignore
+    def _unrotated_rows(self, grid: tuple[int, int]) -> list[int]:
+        if self.rope_skip == "first":
+            return list(range(self.num_class_tokens))
+        return class_token_indices(self.class_token, grid[0] * grid[1])
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the blocks' features, as timm does.
+
+        Args:
+            x: Images.
+            indices: Last n blocks if an int, these blocks if a list, all if absent.
+            return_prefix_tokens: Return pairs of patch tokens' features and class tokens' ``(B, class tokens, C)``.
+            norm: Apply the final norm to them. Without it, the last block's feature is what the authors' detection and
+                segmentation backbones call the sum of the last hidden state and the residual.
+            stop_early: Do not compute blocks after the last one asked for.
+            output_fmt: ``"NCHW"``, or ``"NLC"`` for patch tokens.
+            intermediates_only: Return the list alone.
+
+        Returns:
+            The list of features, or the final tokens ``(B, L, C)`` and the list. The constructor's ``feature_stream``
+            says what a block's feature is.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt: expected NCHW or NLC, got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+        blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
+        x, table = self._embed(x)
+        intermediates = []
+        for i, block in enumerate(blocks):
+            feature = x
+            if self.feature_stream == "mixer":
+                x, feature = checkpoint(block.step, x, table) if self.grad_checkpointing else block.step(x, table)
+                feature = feature * block.scale
+            else:
+                x = feature = checkpoint(block, x, table) if self.grad_checkpointing else block(x, table)
+            if i in take_indices:
+                intermediates.append(self._finish(feature) if norm else self._narrow(feature))
+        features = [remove_class_token(feature, self.class_token) for feature in intermediates]
+        if output_fmt == "NCHW":
+            features = [feature.transpose(1, 2).unflatten(2, grid).contiguous() for feature in features]
+        if return_prefix_tokens and self.num_class_tokens:
+            rows = class_token_indices(self.class_token, grid[0] * grid[1])
+            features = [(feature, tokens[:, rows]) for feature, tokens in zip(features, intermediates, strict=True)]
+        return features if intermediates_only else (self._finish(x), features)
+
+    def _narrow(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the residual stream in the dtype of activations outside it, the parameters'."""
+        return x.to(self.patch_embed.proj.weight.dtype)
+
+    def _finish(self, x: torch.Tensor) -> torch.Tensor:
+        return self._narrow(x) if isinstance(self.norm, nn.Identity) else self.norm(x)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the wanted intermediates do not need.
+
+        Args:
+            indices: As for :meth:`forward_intermediates`.
+            prune_norm: Remove the final norm.
+            prune_head: Remove the classifier.
+
+        Returns:
+            The indices of the blocks that are taken.
+        """
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: max_index + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the normalised tokens of the last block, class tokens included, ``(B, L, C)``."""
+        x, table = self._embed(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, table)
+            else:
+                x = block(x, table)
+        return self._finish(x)
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool tokens ``(B, L, C)`` to ``(B, C)``; tokens that are not pooled pass."""
+        if self.global_pool == "token":
+            return take_class_token(x, self.class_token)
+        if self.global_pool == "":
+            return x
+        x = remove_class_token(x, self.class_token)
+        if self.global_pool == "avg":
+            return x.mean(dim=1)
+        return x[:, -1] if self.global_pool == "last" else x.amax(dim=1)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool and classify tokens ``(B, L, C)``; with ``pre_logits`` only pool."""
+        if self.global_pool == "max" and not pre_logits:
+            return self.pool(self.head(self.head_drop(x)))
+        x = self.head_drop(self.pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Classify images ``(B, in_chans, height, width)``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+_SSM_NAMES = {
+    "A_log": "A{}_log",
+    "D": "D{}",
+    "conv_weight": "conv1d{}.weight",
+    "conv_bias": "conv1d{}.bias",
+    "x_proj_weight": "x_proj{}.weight",
+    "dt_proj_weight": "dt_proj{}.weight",
+    "dt_proj_bias": "dt_proj{}.bias",
+}
+"""Our stacked parameters, and the official names of the forward (``{}`` empty) and backward (``_b``) direction's."""
+
+_BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(?:(first|second)\.)?(.+)")
+
+
+def _official_names(name: str, parameter: torch.Tensor) -> list[str]:
+    """Return the official names of one of our parameters: several, in order, if it is stacked."""
+    if name == "cls_token":
+        return ["cls_token"] if parameter.shape[1] == 1 else ["cls_token_head", "cls_token_tail"]
+    match = _BLOCK_NAME.fullmatch(name)
+    if match is None:
+        return [re.sub(r"^norm\.", "norm_f.", name)]
+    index, half, inner = int(match[1]), match[2], match[3]
+    if half:
+        index = 2 * index + (half == "second")
+    if inner.startswith("mixer.ssm."):
+        template = _SSM_NAMES[inner.removeprefix("mixer.ssm.")]
+        inner_names = [f"mixer.{template.format(suffix)}" for suffix in ("", "_b")[: parameter.shape[0]]]
+    else:
+        inner_names = [inner.replace("mixer.layer_scale.", "mixer.")]
+    return [f"layers.{index}.{inner}" for inner in inner_names]
+
+
+def official_state_dict(state_dict: Mapping[str, torch.Tensor], model: Vim) -> Tensors:
+    """Convert our state dict (or gradients by parameter name) to the authors' names and shapes.
+
+    Args:
+        state_dict: Ours.
+        model: The model it belongs to.
+
+    Returns:
+        Theirs; the inverse of :func:`checkpoint_filter_fn`.
+    """
+    official = {}
+    for name, value in state_dict.items():
+        names = _official_names(name, value)
+        if "mixer.ssm." in name:
+            parts = list(value.unsqueeze(2) if name.endswith("conv_weight") else value)
+        else:
+            parts = value.split(1, dim=1) if len(names) > 1 else [value]
+        official.update(zip(names, parts, strict=True))
+    return official
+
+
+def _from_official(state_dict: Tensors, model: Vim) -> Tensors:
+    """Convert an official state dict; what has no counterpart keeps its name."""
+    remaining, converted = dict(state_dict), {}
+    for name, parameter in model.state_dict().items():
+        names = _official_names(name, parameter)
+        if not all(key in remaining for key in names):
+            continue
+        parts = [remaining.pop(key) for key in names]
+        if "mixer.ssm." in name:
+            parts = [part.squeeze(1) for part in parts] if name.endswith("conv_weight") else parts
+            converted[name] = torch.stack(parts)
+        else:
+            converted[name] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    return {**remaining, **converted}
+
+
+def _resize_loaded(embed: torch.Tensor, model: Vim) -> torch.Tensor:
+    grid = model.patch_embed.grid_size
+    if model.pos_embed_resize == "official":
+        return resize_pos_embed_official(embed, grid, model.num_class_tokens)
+    return resize_pos_embed_aligned(embed, grid, model.class_token)
+
+
+def checkpoint_filter_fn(state_dict: Tensors, model: Vim) -> Tensors:
+    """Convert a checkpoint of the authors, or of this project, to the model's state dict.
+
+    Tables of the rotary embedding are dropped: the model computes them. A position embedding of another grid is
+    resized as the model's ``pos_embed_resize`` says.
+    """
+    state_dict = {key: value for key, value in state_dict.items() if not key.startswith("rope.")}
+    if any(key.startswith("layers.") for key in state_dict):
+        state_dict = _from_official(state_dict, model)
+    embed = state_dict.get("pos_embed")
+    if embed is not None and model.pos_embed is not None and embed.shape[1:2] != model.pos_embed.shape[1:2]:
+        with contextlib.suppress(ValueError):  # rows of no square grid do not fit: reported with all other misfits
+            state_dict["pos_embed"] = _resize_loaded(embed, model)
+    return state_dict
+
+
+_OFFICIAL_ARGUMENTS = dict(
+    img_size="img_size", patch_size="patch_size", stride="stride", depth="depth", embed_dim="embed_dim",
+    d_state="d_state", channels="in_chans", num_classes="num_classes", drop_rate="pos_drop_rate",
+    drop_path_rate="drop_path_rate", norm_epsilon="norm_eps", residual_in_fp32="residual_in_float32",
+    init_layer_scale="layer_scale", if_abs_pos_embed="pos_embed", if_bidirectional="paired",
+    pt_hw_seq_len="rope_reference_size",
+)  # fmt: skip
+_OFFICIAL_IRRELEVANT = ("fused_add_norm", "ft_seq_len", "initializer_cfg", "device", "dtype")
+
+
+def official_arguments(**flags: Any) -> dict[str, Any]:
+    """Translate the official constructor's flags to this project's arguments.
+
+    Args:
+        **flags: Those that describe the function: ``if_rope``, ``if_rope_residual``, ``bimamba_type``,
+            ``if_divide_out``, ``if_cls_token``, ``use_middle_cls_token``, ``use_double_cls_token``,
+            ``final_pool_type``, ``rms_norm``, sizes and rates; absent ones have the official defaults.
+
+    Returns:
+        Arguments of :class:`Vim`.
+
+    Raises:
+        ValueError: A flag is unknown, or an experiment that was never published (random class token positions).
+    """
+    flags = {name: value for name, value in flags.items() if name not in _OFFICIAL_IRRELEVANT}
+    arguments = {ours: flags.pop(theirs) for theirs, ours in _OFFICIAL_ARGUMENTS.items() if theirs in flags}
+    both, divide = flags.pop("bimamba_type", "v2"), flags.pop("if_divide_out", True)
+    directions = {"none": "forward", None: "forward", "v1": "tied", "v2": "mean" if divide else "sum"}
+    rope, rope_residual = flags.pop("if_rope", False), flags.pop("if_rope_residual", False)
+    middle, double = flags.pop("use_middle_cls_token", True), flags.pop("use_double_cls_token", False)
+    class_token = ("double" if double else "middle" if middle else "head") if flags.pop("if_cls_token", True) else ""
+    pool = flags.pop("final_pool_type", "none")
+    pools = {"none": "last", "mean": "avg", "max": "max", "all": ""}
+    arguments.update(
+        directions=directions[both],
+        rope=("stream" if rope_residual else "mixer") if rope else "",
+        class_token=class_token,
+        global_pool="token" if class_token else pools[pool],
+        norm="rms" if flags.pop("rms_norm", True) else "layer",
+    )
+    unknown = [name for name, value in flags.items() if value]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: not a flag of the official Vim that this package knows")
+    return arguments
+
+
+def _cfg(hf_hub_id: str | None = None, filename: str | None = None, top1: float = 0, top5: float = 0, **kwargs):
+    return {
+        "url": "", "hf_hub_id": hf_hub_id, "hf_hub_filename": filename, "num_classes": 1000,
+        "input_size": (3, 224, 224), "pool_size": None, "crop_pct": 0.875, "interpolation": "bicubic",
+        "fixed_input_size": True, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj", "classifier": "head", "license": "apache-2.0",
+        "paper_name": "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+        "paper_ids": "arXiv:2401.09417", "origin_url": "https://github.com/hustvl/Vim",
+        "notes": (f"top1: {top1}", f"top5: {top5}") if top1 else (),
+        **kwargs,
+    }  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs({
+    "vim_tiny_patch16_224.in1k": _cfg("hustvl/Vim-tiny-midclstok", "vim_t_midclstok_76p1acc.pth", 76.1, 93.0),
+    "vim_tiny_patch16_stride8_224.in1k": _cfg(
+        "hustvl/Vim-tiny-midclstok", "vim_t_midclstok_ft_78p3acc.pth", 78.3, 94.2
+    ),
+    "vim_small_patch16_224.in1k": _cfg("hustvl/Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth", 80.5, 95.1),
+    "vim_small_patch16_stride8_224.in1k": _cfg(
+        "hustvl/Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth", 81.6, 95.4
+    ),
+    "vim_base_patch16_224.in1k": _cfg("hustvl/Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth", 81.9, 95.8),
+    "test_vim.untrained": _cfg(input_size=(3, 64, 64)),
+})  # fmt: skip
+
+
+def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    out_indices = kwargs.pop("out_indices", 3)
+    return build_model(
+        Vim,
+        variant,
+        pretrained,
+        checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-Ti, 7 M parameters, 196 patches."""
+    return _create_vim("vim_tiny_patch16_224", pretrained, **dict(dict(embed_dim=192), **kwargs))
+
+
+@register_model
+def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-Ti+, Vim-Ti fine-tuned on overlapping patches, 729 of them."""
+    return _create_vim("vim_tiny_patch16_stride8_224", pretrained, **dict(dict(embed_dim=192, stride=8), **kwargs))
+
+
+@register_model
+def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-S, 26 M parameters, 196 patches."""
+    return _create_vim("vim_small_patch16_224", pretrained, **dict(dict(embed_dim=384), **kwargs))
+
+
+@register_model
+def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-S+, Vim-S fine-tuned on overlapping patches, 729 of them."""
+    return _create_vim("vim_small_patch16_stride8_224", pretrained, **dict(dict(embed_dim=384, stride=8), **kwargs))
+
+
+@register_model
+def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-B, 98 M parameters, 196 patches."""
+    return _create_vim("vim_base_patch16_224", pretrained, **dict(dict(embed_dim=768), **kwargs))
+
+
+@register_model
+def test_vim(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """A model small enough for tests: 0.2 M parameters."""
+    model_args = dict(img_size=64, patch_size=8, embed_dim=64, depth=3, d_state=8)
+    return _create_vim("test_vim", pretrained, **dict(model_args, **kwargs))
+
+
+_PUBLISHED = "bimambav2_final_pool_mean_abs_pos_embed_with"
+register_model_deprecations(
+    __name__,
+    {
+        f"vim_tiny_patch16_224_{_PUBLISHED}_midclstok_div2": "vim_tiny_patch16_224",
+        f"vim_tiny_patch16_stride8_224_{_PUBLISHED}_midclstok_div2": "vim_tiny_patch16_stride8_224",
+        f"vim_small_patch16_224_{_PUBLISHED}_midclstok_div2": "vim_small_patch16_224",
+        f"vim_small_patch16_stride8_224_{_PUBLISHED}_midclstok_div2": "vim_small_patch16_stride8_224",
+        f"vim_base_patch16_224_{_PUBLISHED}_middle_cls_token_div2": "vim_base_patch16_224",
+    },
+)
