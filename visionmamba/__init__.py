@@ -4,7 +4,10 @@ Importing this package registers every model: ``timm.create_model("vmamba_tiny_s
 """
 
 from . import models
+from .analysis import register_flop_handlers
 from .ops import backend
+
+register_flop_handlers()
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,5 @@
+"""What models cost: operation counts."""
+
+from .flops import count_flops, flops_by_operator, register_flop_handlers
+
+__all__ = ["count_flops", "flops_by_operator", "register_flop_handlers"]
