@@ -1,0 +1,154 @@
+"""Reading and writing language-model checkpoints: mamba_ssm's and Hugging Face's layouts, local or from the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+__all__ = ["Source", "from_huggingface", "load", "save", "to_huggingface"]
+
+_CONFIG = "config.json"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_LAYOUTS = ("mamba_ssm", "huggingface")
+_EMBEDDING, _HF_EMBEDDING = "backbone.embedding.weight", "backbone.embeddings.weight"
+_HEAD = "lm_head.weight"
+
+
+class Source:
+    """Files of a model in a local folder or a repository of the Hugging Face hub.
+
+    Args:
+        name: Folder or repository.
+    """
+
+    def __init__(self, name: str | Path) -> None:
+        self.name = str(name)
+        self.folder = Path(name) if Path(name).is_dir() else None
+
+    def _path(self, file: str) -> Path | None:
+        """Return where a file is, after downloading it if need be; None if there is none."""
+        if self.folder is not None:
+            path = self.folder / file
+            return path if path.is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self.name, file))
+        except EntryNotFoundError:
+            return None
+        except (HFValidationError, RepositoryNotFoundError) as error:
+            raise FileNotFoundError(f"{self.name}: neither a folder nor a repository of the hub") from error
+
+    def config(self) -> dict[str, Any]:
+        """Return the parsed ``config.json``.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        path = self._path(_CONFIG)
+        if path is None:
+            raise FileNotFoundError(f"{self.name}: no {_CONFIG}")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights. Only tensors are ever unpickled.
+
+        Raises:
+            FileNotFoundError: There are none.
+        """
+        for file in _WEIGHTS:
+            path = self._path(file)
+            if path is not None:
+                return _read(path)
+            index = self._path(f"{file}.index.json")
+            if index is not None:
+                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                return {key: tensor for shard in shards for key, tensor in self._shard(shard).items()}
+        raise FileNotFoundError(f"{self.name}: neither {' nor '.join(_WEIGHTS)} (or their shards)")
+
+    def _shard(self, file: str) -> dict[str, Tensor]:
+        path = self._path(file)
+        if path is None:
+            raise FileNotFoundError(f"{self.name}: no {file}, which the index names")
+        return _read(path)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def from_huggingface(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a checkpoint's entries from Hugging Face's layout to mamba_ssm's; others stay as they are."""
+    return {_EMBEDDING if key == _HF_EMBEDDING else key: tensor for key, tensor in state_dict.items()}
+
+
+def to_huggingface(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a checkpoint's entries from mamba_ssm's layout to Hugging Face's."""
+    return {_HF_EMBEDDING if key == _EMBEDDING else key: tensor for key, tensor in state_dict.items()}
+
+
+def _kind(keys) -> str | None:
+    """Say which Mamba a checkpoint holds."""
+    leaves = {key.split(".mixer.", 1)[1] for key in keys if ".mixer." in key}
+    if "x_proj.weight" in leaves:
+        return "Mamba1"
+    return "Mamba2" if "dt_bias" in leaves else None
+
+
+def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load a checkpoint of either layout into a model, strictly.
+
+    Args:
+        model: A :class:`visionmamba.language.MambaLMHeadModel`.
+        state_dict: Its weights.
+
+    Raises:
+        ValueError: The checkpoint is of the other Mamba, lacks entries, or has others or other shapes.
+    """
+    state_dict = from_huggingface(state_dict)
+    if _EMBEDDING in state_dict and model.config.tie_embeddings:
+        state_dict.setdefault(_HEAD, state_dict[_EMBEDDING])
+    held, wanted = _kind(state_dict), model.config.layer
+    if held is not None and held != wanted:
+        raise ValueError(f"checkpoint: expected a {wanted} model, as the config says, got the weights of {held}")
+    expected = model.state_dict()
+    problems = [f"missing {key}" for key in expected if key not in state_dict]
+    problems += [f"unexpected {key}" for key in state_dict if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(state_dict[key].shape)} instead of {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state_dict and state_dict[key].shape != tensor.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"checkpoint: does not fit the config: {shown}")
+    model.load_state_dict(state_dict)
+
+
+def save(model: nn.Module, folder: Path, safe_serialization: bool, layout: str) -> None:
+    """Write a model's configuration and weights; see ``MambaLMHeadModel.save_pretrained``."""
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
+    huggingface = layout == "huggingface"
+    config = model.config.to_huggingface() if huggingface else model.config.to_dict()
+    state_dict = model.state_dict()
+    if huggingface:
+        state_dict = to_huggingface(state_dict)
+    if model.config.tie_embeddings and (huggingface or safe_serialization):
+        state_dict.pop(_HEAD)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if safe_serialization:
+        contiguous = {key: tensor.contiguous() for key, tensor in state_dict.items()}
+        save_file(contiguous, folder / _WEIGHTS[0], metadata={"format": "pt"})
+    else:
+        torch.save(state_dict, folder / _WEIGHTS[1])
