@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._autocast import autocast_activations
 from .._checks import check_dtype, check_same_device, check_shape
 from .._tracing import traceable_overload
 from ..backend import select
@@ -37,7 +38,9 @@ def _check(x, weight, bias, seq_idx, initial_states):
         check_dtype("seq_idx", seq_idx, (torch.int32, torch.int64))
     if initial_states is not None:
         check_shape("initial_states", initial_states, (batch, directions, channels, width - 1))
-    check_dtype("x", x)
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("initial_states", initial_states)):
+        if tensor is not None:
+            check_dtype(name, tensor)
     check_same_device(x=x, weight=weight, bias=bias, seq_idx=seq_idx, initial_states=initial_states)
 
 
@@ -113,6 +116,8 @@ def _backward(ctx, dout, dfinal_states):
 _causal_conv1d.register_autograd(_backward, setup_context=_setup_context)
 
 
+autocast_activations("causal_conv1d")
+autocast_activations("causal_conv1d_backward")
 _traced = traceable_overload("causal_conv1d", _SCHEMA_ARGUMENTS)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._autocast import autocast_activations
 from .._checks import check_dtype, check_same_device, check_shape
 from .._tracing import traceable_overload
 from ..backend import select
@@ -51,10 +52,14 @@ def _check(u, delta, A, B, C, D, z, delta_bias, dt_weight, initial_state, path, 
         check_shape("z", z, (batch, num_tokens, channels) if shared else (batch, num_tokens, directions, channels))
     if initial_state is not None:
         check_shape("initial_state", initial_state, (batch, directions, channels, states))
-    activations = {"u": u, "delta": delta, "B": B, "C": C, "z": z}
-    for name, tensor in activations.items():
+    check_dtype("u", u)
+    for name, tensor in (("delta", delta), ("B", B), ("C", C), ("z", z)):
         if tensor is not None:
-            check_dtype(name, tensor, (u.dtype,) if name != "u" else None)
+            check_dtype(name, tensor, (u.dtype,))
+    parameters = (("A", A), ("D", D), ("delta_bias", delta_bias), ("dt_weight", dt_weight))
+    for name, tensor in (*parameters, ("initial_state", initial_state)):
+        if tensor is not None:
+            check_dtype(name, tensor)
     check_same_device(
         u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, dt_weight=dt_weight,
         initial_state=initial_state,
@@ -149,6 +154,8 @@ def _backward(ctx, dy, dlast_state):
 _selective_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
+autocast_activations("selective_scan", [_TENSOR_ARGUMENTS.index(name) for name in ("u", "delta", "B", "C", "z")])
+autocast_activations("selective_scan_backward")
 _traced = traceable_overload("selective_scan", _SCHEMA_ARGUMENTS)
 
 
