@@ -1,12 +1,13 @@
 """The families, one file each; importing this package registers their models with timm."""
 
-from . import plainmamba, vim, vmamba
+from . import mamba_nd, plainmamba, vim, vmamba
 
 FAMILIES: tuple[str, ...] = (
+    "mamba_nd",
     "plainmamba",
     "vim",
     "vmamba",
 )
 """Names of the modules that register models."""
 
-__all__ = ["FAMILIES", "plainmamba", "vim", "vmamba"]
+__all__ = ["FAMILIES", "mamba_nd", "plainmamba", "vim", "vmamba"]

@@ -155,6 +155,16 @@ class IsotropicModel(nn.Module):
         self.pos_embed = nn.Parameter(embed.clone(), requires_grad=self.pos_embed.requires_grad)
         update_model_input_size(self, input_size[-2:], **model_args)
 
+    def nominal_grid(self) -> tuple[int, ...]:
+        """Return the size of the token grid at the nominal input size."""
+        return tuple(self.pos_embed.shape[1:-1])
+
+    def published_grid(self) -> tuple[int, ...]:
+        """Return the size of the token grid of the published weights."""
+        frames = self.pretrained_model_args.get("num_frames")
+        size = tuple(self.pretrained_cfg["input_size"][-2:])
+        return self.patch_embed.grid_size(size if frames is None else (frames, *size))
+
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         x = self.patch_embed(x)
         return self.pos_drop(x + resize_grid_embed(self.pos_embed, x.shape[1:-1]))

@@ -7,6 +7,7 @@ import math
 import torch
 
 from ..layers.grid_embed import resize_grid_embed
+from ._checkpoint import CheckpointError
 
 __all__ = ["embed_to_grid", "rename", "stack_directions", "unstack_directions"]
 
@@ -49,26 +50,27 @@ def unstack_directions(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tens
     return prefix + mixer + official, tensor
 
 
-def embed_to_grid(embed: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+def embed_to_grid(embed: torch.Tensor, grid: tuple[int, ...], published: tuple[int, ...]) -> torch.Tensor:
     """Lay a checkpoint's position embedding over a model's grid, interpolating it if its own grid is another.
 
     Args:
-        embed: ``(1, L, C)`` as published, or ``(1, *grid, C)``. Published ones have square images: where L tokens do
-            not fill the model's grid they are taken for a square, for videos of as many frames as the model's.
+        embed: ``(1, L, C)`` as the authors have it, or ``(1, *grid, C)``. The grid of L tokens is taken to be the
+            published model's, else this model's, else square (with this model's frames): whichever they fill.
         grid: The model's grid.
+        published: The published model's grid.
 
     Returns:
         ``(1, *grid, C)``.
 
     Raises:
-        ValueError: The tokens of ``embed`` fill no such grid.
+        CheckpointError: The tokens of ``embed`` fill no such grid.
     """
     if embed.dim() == 3:
         _, tokens, channels = embed.shape
-        frames = list(grid[:-2])
+        frames = tuple(grid[:-2])
         side = math.isqrt(tokens // math.prod(frames))
-        source = list(grid) if tokens == math.prod(grid) else [*frames, side, side]
-        if math.prod(source) != tokens:
-            raise ValueError(f"pos_embed: {tokens} tokens fill neither the model's grid {tuple(grid)} nor squares")
-        embed = embed.reshape(1, *source, channels)
+        fitting = [source for source in (published, grid, (*frames, side, side)) if math.prod(source) == tokens]
+        if not fitting:
+            raise CheckpointError(f"pos_embed: {tokens} tokens fill neither {tuple(grid)}, {published} nor squares")
+        embed = embed.reshape(1, *fitting[0], channels)
     return resize_grid_embed(embed, list(grid))

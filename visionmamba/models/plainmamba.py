@@ -333,7 +333,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: PlainMamba)
         name, tensor = stack_directions(rename(name, _RENAMED), tensor)
         converted[name.replace(*_DIRECTION_B) if name.endswith(_DIRECTION_B[0]) else name] = tensor
     if "pos_embed" in converted:
-        converted["pos_embed"] = embed_to_grid(converted["pos_embed"], model.pos_embed.shape[1:-1])
+        converted["pos_embed"] = embed_to_grid(converted["pos_embed"], model.nominal_grid(), model.published_grid())
     return converted
 
 

@@ -1,0 +1,539 @@
+"""Mamba-ND: plain one-directional Mamba layers on images and videos, whose axis order alternates from layer to layer.
+
+Paper: "Mamba-ND: Selective State Space Modeling for Multi-Dimensional Data", Li et al., ECCV 2024, arXiv:2402.05892.
+Weights: https://huggingface.co/jacklishufan/Mamba-ND (without a licence; this file is written from published facts).
+
+What the paper is about: no layer scans in more than one direction; each walks the whole grid in one order of its axes,
+and the next layer in another: rows forwards, rows backwards, columns forwards, columns backwards (2-D, a cycle of
+four); frames-rows-columns, frames-columns-rows, columns-rows-frames, each forwards and backwards (3-D, a cycle of six).
+The published weights were trained with a quirk of the code: the skip starts from the normalised tokens,
+
+    y = LayerNorm(x),    block(x) = y + Mamba(y),
+
+see ``skip_from_input``. :mod:`.mamba_nd_btcv` has the model for the segmentation of volumes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from timm.models._manipulate import adapt_input_conv
+
+from ..layers import SelectiveSSM
+from ..ops.scan_path import scan_path
+from ._builder import build_model
+from ._checkpoint import strip_prefixes
+from ._isotropic import IsotropicModel, check_input
+from ._layout import embed_to_grid, rename, stack_directions, unstack_directions
+
+__all__ = ["MambaND", "checkpoint_filter_fn", "inflate", "official_state_dict"]
+
+_logger = logging.getLogger(__name__)
+
+IMAGE_PATHS = ("h", "h_flip", "v", "v_flip")
+VIDEO_PATHS = ("thw", "thw_flip", "twh", "twh_flip", "wht", "wht_flip")
+
+
+class MambaMixer(nn.Module):
+    """Mamba's gated scan along one path (Gu & Dao 2023, Mamba, section 3.4).
+
+    Args:
+        dim: Channels of the tokens, C.
+        path: Scan path.
+        d_state: States a channel, N.
+        d_conv: Taps of the causal convolution.
+        expand: The scan runs over ``expand * dim`` channels.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+    """
+
+    def __init__(
+        self, dim: int, path: str, d_state: int = 16, d_conv: int = 4, expand: int = 2, device=None, dtype=None
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        d_inner = expand * dim
+        self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, **dd)
+        self.ssm = SelectiveSSM(d_inner, d_state, math.ceil(dim / 16), path, d_conv, **dd)
+        self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Mix tokens ``(B, *grid, C)``."""
+        grid = x.shape[1:-1]
+        x, z = self.in_proj(x.flatten(1, -2)).chunk(2, dim=-1)
+        return self.out_proj(self.ssm(x, z, grid)).unflatten(1, grid)
+
+
+class PatchMerging(nn.Module):
+    """Halve a 2-D grid, keeping the channels: each token is a norm and a projection of a 2x2 neighbourhood.
+
+    Args:
+        dim: Channels, C.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=1e-5, device=device, dtype=dtype)
+        self.reduction = nn.Linear(4 * dim, dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), C)``, padding an odd side with zeros."""
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
+        # channel-major neighbourhoods (C, 2, 2), unlike Swin's
+        return self.reduction(self.norm(x.permute(0, 1, 3, 5, 2, 4).flatten(3)))
+
+
+class MambaNDBlock(nn.Module):
+    """Norm, one-directional mixer, skip.
+
+    Args:
+        dim: Channels, C.
+        path: Scan path of this block.
+        skip_from_input: The skip takes the block's input, as in a usual pre-norm block; by default it takes the
+            normalised input, which the published weights need.
+        proj_drop: Dropout after the mixer.
+        drop_path: Probability of skipping the mixer.
+        downsample: Halve the grid after this block.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+        **mixer_kwargs: Further arguments of :class:`MambaMixer`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        path: str,
+        skip_from_input: bool = False,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        downsample: bool = False,
+        device=None,
+        dtype=None,
+        **mixer_kwargs: Any,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.skip_from_input = skip_from_input
+        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.mixer = MambaMixer(dim, path, **mixer_kwargs, **dd)
+        self.drop = nn.Dropout(proj_drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.downsample = PatchMerging(dim, **dd) if downsample else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens ``(B, *grid, C)`` to the same, or to half the grid."""
+        y = self.norm(x)
+        skip = x if self.skip_from_input else y
+        return self.downsample(skip + self.drop_path(self.drop(self.mixer(y))))
+
+
+class GridPatchEmbed(nn.Module):
+    """Patches of an image or tubelets of a clip, by one convolution.
+
+    Args:
+        patch_size: Size of a patch along each axis: (rows, columns) or (frames, rows, columns).
+        in_chans: Channels of the input.
+        embed_dim: Channels of the tokens, C.
+        pad: Pad the end of each axis with zeros to whole patches; otherwise what does not fill a patch is not read.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+    """
+
+    def __init__(
+        self, patch_size: tuple[int, ...], in_chans: int, embed_dim: int, pad: bool, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        convolution = nn.Conv2d if len(patch_size) == 2 else nn.Conv3d
+        self.patch_size, self.pad = list(patch_size), pad
+        self.minimum = [1] * len(patch_size) if pad else self.patch_size
+        self.layout = "(B, channels, height, width)" if len(patch_size) == 2 else "(B, channels, frames, height, width)"
+        self.projection = convolution(in_chans, embed_dim, patch_size, patch_size, device=device, dtype=dtype)
+
+    @torch.jit.ignore
+    def grid_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the grid of tokens of an input size."""
+        whole = math.ceil if self.pad else math.floor
+        grid = tuple(whole(size / patch) for size, patch in zip(input_size, self.patch_size, strict=True))
+        if min(grid) < 1:
+            raise ValueError(f"input size: expected at least {self.patch_size}, got {list(input_size)}")
+        return grid
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Embed ``(B, in_chans, *input_size)`` as ``(B, *grid, C)``."""
+        x = check_input(x, self.layout, self.minimum)
+        if self.pad:
+            padding: list[int] = []
+            for i in range(len(self.patch_size)):  # from the last axis to the first
+                patch = self.patch_size[-1 - i]
+                padding += [0, (patch - x.shape[-1 - i] % patch) % patch]
+            x = F.pad(x, padding)
+        return self.projection(x).movedim(1, -1)
+
+
+class MambaND(IsotropicModel):
+    """Mamba-ND on images ``(B, C, H, W)`` or, with ``num_frames``, on clips ``(B, C, T, H, W)``.
+
+    Args:
+        img_size: Nominal image size; others are taken as well, by interpolating the position embedding.
+        num_frames: Nominal number of frames; likewise. None for images.
+        patch_size: Side of a patch.
+        tubelet_size: Frames of a patch.
+        in_chans: Channels of the input.
+        num_classes: Classes; 0 for no classifier.
+        global_pool: ``avg``, ``max``, ``avgmax`` or empty for none.
+        embed_dim: Channels of the tokens, C.
+        depth: Number of blocks.
+        paths: Scan path of each block, or a cycle of them that divides ``depth``; by default the family's.
+        downsample_layers: Blocks after which the grid is halved (images only).
+        d_state: States a channel, N.
+        pad_input: Pad the input's end to whole patches; otherwise what does not fill a patch is not read. The authors
+            pad images and do not pad clips, which is the default.
+        final_norm: Norm of the tokens after the last block.
+        fc_norm_eps: Epsilon of a norm after the pooling; None for no such norm.
+        skip_from_input: See :class:`MambaNDBlock`; the published weights need the default.
+        inflate_copies: When weights of a 2-D model are loaded into a 3-D one, whose cycle has two blocks more: fill
+            them from the cycle's two blocks before. By default they keep their initial values.
+        head_init_std: Standard deviation of the classifier's initial weights.
+        drop_rate: Dropout before the classifier.
+        pos_drop_rate: Dropout after the position embedding.
+        proj_drop_rate: Dropout after each mixer.
+        drop_path_rate: Stochastic depth of the last block; the blocks before it rise to it linearly.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        num_frames: int | None = None,
+        patch_size: int = 8,
+        tubelet_size: int = 1,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 384,
+        depth: int = 24,
+        paths: tuple[str, ...] | None = None,
+        downsample_layers: tuple[int, ...] = (),
+        d_state: int = 16,
+        pad_input: bool | None = None,
+        final_norm: bool = True,
+        fc_norm_eps: float | None = 1e-6,
+        skip_from_input: bool = False,
+        inflate_copies: bool = False,
+        head_init_std: float = 2e-5,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        rank = 2 if num_frames is None else 3
+        if downsample_layers and rank != 2:
+            raise ValueError(f"downsample_layers: expected none for clips, got {downsample_layers}")
+        paths = _block_paths(paths or (IMAGE_PATHS if rank == 2 else VIDEO_PATHS), depth, rank)
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        blocks = [
+            MambaNDBlock(
+                embed_dim,
+                paths[i],
+                skip_from_input=skip_from_input,
+                proj_drop=proj_drop_rate,
+                drop_path=rates[i],
+                downsample=i in downsample_layers,
+                d_state=d_state,
+                **dd,
+            )
+            for i in range(depth)
+        ]
+        patch = (tubelet_size, patch_size, patch_size)[-rank:]
+        frames = () if num_frames is None else (num_frames,)
+        super().__init__(
+            patch_embed=GridPatchEmbed(
+                patch, in_chans, embed_dim, (rank == 2) if pad_input is None else pad_input, **dd
+            ),
+            blocks=blocks,
+            reductions=[patch_size * 2 ** sum(layer <= i for layer in downsample_layers) for i in range(depth)],
+            input_size=(*frames, *to_2tuple(img_size)),
+            embed_dim=embed_dim,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            norm=nn.LayerNorm(embed_dim, eps=1e-6, **dd) if final_norm else nn.Identity(),
+            fc_norm=nn.Identity() if fc_norm_eps is None else nn.LayerNorm(embed_dim, eps=fc_norm_eps, **dd),
+            drop_rate=drop_rate,
+            pos_drop_rate=pos_drop_rate,
+            **dd,
+        )
+        self.num_frames, self.inflate_copies = num_frames, inflate_copies
+        if rank == 2:
+            self.output_fmt = "NHWC"
+        else:
+            self.feature_dim = -1
+        self.head_init_std = head_init_std
+        if not self.pos_embed.is_meta:
+            self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise as the authors do: Mamba's and PyTorch's defaults, and a classifier that starts near zero."""
+        if needs_reset:
+            for module in self.modules():
+                if module is not self and hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            trunc_normal_(self.pos_embed, std=0.02)
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=self.head_init_std)
+            nn.init.zeros_(self.head.bias)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, num_frames: int | None = None) -> None:
+        """Resize the position embedding for another nominal input size; other sizes are interpolated on the fly.
+
+        Args:
+            img_size: (height, width) in pixels.
+            num_frames: Frames of a clip.
+        """
+        if num_frames is not None and self.num_frames is None:
+            raise ValueError(f"num_frames: expected None for a model of images, got {num_frames}")
+        self.num_frames = num_frames or self.num_frames
+        size = self.input_size[-2:] if img_size is None else to_2tuple(img_size)
+        frames = () if self.num_frames is None else (self.num_frames,)
+        self._resize((*frames, *size), num_frames=self.num_frames)
+
+
+def _block_paths(paths: tuple[str, ...], depth: int, rank: int) -> list[str]:
+    """Return the path of each block from a list or a cycle of them."""
+    if not paths or depth % len(paths):
+        raise ValueError(f"paths: expected {depth} (one a block) or a cycle that divides {depth}, got {len(paths)}")
+    for path in paths:
+        if scan_path(path, (3,) * rank).num_tokens != 3**rank:
+            raise ValueError(f"paths: expected directions that need no padding, got {path!r}")
+    return [paths[i % len(paths)] for i in range(depth)]
+
+
+_TRUNK = [("layers.", "blocks."), ("down_sample_layer.", "downsample."), ("ln1.", "norm."), ("ln2.", "fc_norm.")]
+_HEADS = [("cls_head.fc_cls.", "head."), ("head.fc.", "head."), ("head.0.", "fc_norm."), ("head.1.", "head.")]
+_PATCH_WEIGHT = "patch_embed.projection.weight"
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: MambaND) -> dict[str, torch.Tensor]:
+    """Convert an official checkpoint, or one of this project's, to a model's layout.
+
+    Args:
+        state_dict: Official keys (of mmpretrain's, mmaction's or the Kinetics models), or ours. Its position embedding
+            is interpolated to the model's grid; a 2-D model's weights are inflated for a 3-D model.
+        model: The model it is for.
+
+    Returns:
+        The model's state dict.
+    """
+    converted = {}
+    for name, tensor in strip_prefixes(state_dict).items():
+        name, tensor = stack_directions(rename(name, _TRUNK + _HEADS), tensor)
+        converted[name] = tensor
+    patch = converted.get(_PATCH_WEIGHT)
+    if patch is not None and patch.dim() == 4 and model.num_frames is not None:
+        return inflate(converted, model)
+    if patch is not None and patch.dim() == 5 and patch.shape[1] != model.in_chans:
+        by_frame = patch.transpose(1, 2).flatten(0, 1)  # timm adapts (out, in, height, width)
+        by_frame = adapt_input_conv(model.in_chans, by_frame)
+        converted[_PATCH_WEIGHT] = by_frame.unflatten(0, (patch.shape[0], patch.shape[2])).transpose(1, 2)
+    if "pos_embed" in converted:
+        converted["pos_embed"] = embed_to_grid(converted["pos_embed"], model.nominal_grid(), model.published_grid())
+    return converted
+
+
+def inflate(image_weights: dict[str, torch.Tensor], model: MambaND) -> dict[str, torch.Tensor]:
+    """Turn the weights of a 2-D model into a start for a 3-D model of the same width.
+
+    Block 4 b + j of the 2-D model becomes block 6 b + j, for the cycle's first four orders; the other two keep the
+    model's values (or copy blocks 6 b + 2 and 6 b + 3, with the model's ``inflate_copies``). A patch's weights are
+    spread evenly over its frames, so that a still clip embeds as its image does; the position embedding is repeated
+    for each frame. The final norms and the classifier have no counterpart and keep the model's values.
+
+    Args:
+        image_weights: In this project's layout.
+        model: The 3-D model.
+
+    Returns:
+        The 3-D model's state dict.
+    """
+    image_cycle, cycle = len(IMAGE_PATHS), len(VIDEO_PATHS)
+    inflated = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in image_weights.items():
+        if not name.startswith("blocks."):
+            continue
+        _, index, leaf = name.split(".", 2)
+        group, step = divmod(int(index), image_cycle)
+        targets = [step]
+        if model.inflate_copies and step + 2 >= image_cycle:
+            targets.append(step + 2)
+        for target in targets:
+            inflated[f"blocks.{group * cycle + target}.{leaf}"] = tensor
+    frames = model.patch_embed.patch_size[0]
+    inflated[_PATCH_WEIGHT] = image_weights[_PATCH_WEIGHT].unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
+    inflated["patch_embed.projection.bias"] = image_weights["patch_embed.projection.bias"]
+    embed = embed_to_grid(image_weights["pos_embed"], model.nominal_grid()[1:], model.published_grid()[1:])
+    inflated["pos_embed"] = embed.unsqueeze(1).repeat(1, model.nominal_grid()[0], 1, 1, 1)
+    _logger.warning(
+        "Inflated the weights of a 2-D model: the classifier%s keep their initial values.",
+        "" if model.inflate_copies else " and the blocks of the third axis order",
+    )
+    return inflated
+
+
+def official_state_dict(state_dict: dict[str, torch.Tensor], model: MambaND) -> dict[str, torch.Tensor]:
+    """Convert a model's state dict (or the gradients of its parameters) to the official names and shapes.
+
+    Args:
+        state_dict: In this project's layout.
+        model: The model it is of: images have mmpretrain's layout, clips mmaction's, or the Kinetics models' own if
+            there is a norm between the pooling and the classifier.
+    """
+    kinetics = model.num_frames is not None and isinstance(model.fc_norm, nn.LayerNorm)
+    backbone = "" if kinetics else "backbone."
+    head = "head.1." if kinetics else "head.fc." if model.num_frames is None else "cls_head.fc_cls."
+    official = {}
+    for name, tensor in state_dict.items():
+        if name.startswith("head."):
+            official[name.replace("head.", head, 1)] = tensor
+        elif name.startswith(("norm.", "fc_norm.")):
+            norm = "head.0." if kinetics else "backbone.ln1." if name.startswith("norm.") else "backbone.ln2."
+            official[norm + name.partition(".")[2]] = tensor
+        else:
+            tensor = tensor.flatten(1, -2) if name == "pos_embed" else tensor
+            name, tensor = unstack_directions(name, tensor)
+            official[backbone + rename(name, _TRUNK[:2], inverse=True)] = tensor
+    return official
+
+
+def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
+    source = {"hf_hub_id": "jacklishufan/Mamba-ND", "hf_hub_filename": file} if file else {}
+    return {
+        **source,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (14, 14),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed.projection",
+        "classifier": "head",
+        "origin_url": "https://github.com/jacklishufan/Mamba-ND",
+        "paper_name": "Mamba-ND: Selective State Space Modeling for Multi-Dimensional Data",
+        "paper_ids": "arXiv:2402.05892",
+        **kwargs,
+    }
+
+
+def _video_cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
+    # timm adapts no 3-D convolution to other channels: the filter does
+    return _cfg(file, **{"first_conv": None, "pool_size": None, "num_classes": 400, **kwargs})
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "mamba2d_small_patch8_224.in1k": _cfg("in1k/mamba2d_s.pth", notes=("top1: 81.7",)),
+        "mamba2d_base_patch8_224.in1k": _cfg("in1k/mamba2d_b.pth", notes=("top1: 83.0",)),
+        "mamba2d_small_patch16_224.in1k": _cfg("video/mamba_2d_s_16_pretrained.pth"),
+        "mamba3d_small_ucf101.ucf101": _video_cfg("video/ucf101/ucf101.pth", notes=("top1: 89.6",)),
+        "mamba3d_small_hmdb51.hmdb51": _video_cfg(
+            "video/hmdb51/hmdb51.pth", num_classes=60, mean=(0.45,) * 3, std=(0.225,) * 3, notes=("top1: 60.9",)
+        ),
+        "mamba3d_small_k400.k400": _video_cfg(
+            description="Weights in https://huggingface.co/jacklishufan/Mamba-ND/tree/main/k400", notes=("top1: 81.9",)
+        ),
+        "test_mamba2d": _cfg(input_size=(3, 64, 64), pool_size=(4, 4)),
+        "test_mamba3d": _video_cfg(input_size=(3, 32, 32), num_classes=1000),
+    }
+)
+
+
+def _create_mamba_nd(variant: str, pretrained: bool, model_args: dict[str, Any], **kwargs: Any) -> nn.Module:
+    depth = kwargs.get("depth", model_args["depth"])
+    quarters = tuple(round(depth * part / 4) - 1 for part in (1, 2, 3, 4))
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", quarters), "feature_cls": "getter"}
+    return build_model(
+        MambaND,
+        variant,
+        pretrained,
+        checkpoint_filter_fn,
+        feature_cfg=feature_cfg,
+        pretrained_model_args={"num_frames": model_args.get("num_frames")},
+        **{**model_args, **kwargs},
+    )
+
+
+@register_model
+def mamba2d_small_patch8_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Mamba-2D-S/8: 25 M parameters."""
+    model_args = {"patch_size": 8, "embed_dim": 384, "depth": 24, "downsample_layers": (9,)}
+    return _create_mamba_nd("mamba2d_small_patch8_224", pretrained, model_args, **kwargs)
+
+
+@register_model
+def mamba2d_base_patch8_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Mamba-2D-B/8: 94 M parameters."""
+    model_args = {"patch_size": 8, "embed_dim": 768, "depth": 24, "downsample_layers": (9,)}
+    return _create_mamba_nd("mamba2d_base_patch8_224", pretrained, model_args, **kwargs)
+
+
+@register_model
+def mamba2d_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Mamba-2D-S/16, the start of the video models: 24 M parameters."""
+    model_args = {"patch_size": 16, "embed_dim": 384, "depth": 24}
+    return _create_mamba_nd("mamba2d_small_patch16_224", pretrained, model_args, **kwargs)
+
+
+_VIDEO = {"patch_size": 16, "embed_dim": 384, "depth": 36, "final_norm": False, "fc_norm_eps": None}
+_VIDEO |= {"head_init_std": 0.01}
+
+
+@register_model
+def mamba3d_small_ucf101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Mamba-3D-S for UCF-101, 32 frames: 37 M parameters; the authors' head has 400 classes."""
+    model_args = {**_VIDEO, "num_frames": 32, "tubelet_size": 2}
+    return _create_mamba_nd("mamba3d_small_ucf101", pretrained, model_args, **kwargs)
+
+
+@register_model
+def mamba3d_small_hmdb51(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Mamba-3D-S for HMDB-51, 32 frames: 37 M parameters; the authors' head has 60 classes."""
+    model_args = {**_VIDEO, "num_frames": 32, "tubelet_size": 2}
+    return _create_mamba_nd("mamba3d_small_hmdb51", pretrained, model_args, **kwargs)
+
+
+@register_model
+def mamba3d_small_k400(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Mamba-3D-S for Kinetics-400, 16 frames: 36 M parameters."""
+    model_args = {**_VIDEO, "num_frames": 16, "fc_norm_eps": 1e-5}
+    return _create_mamba_nd("mamba3d_small_k400", pretrained, model_args, **kwargs)
+
+
+@register_model
+def test_mamba2d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A Mamba-2D small enough for tests."""
+    model_args = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "downsample_layers": (1,), "d_state": 4}
+    return _create_mamba_nd("test_mamba2d", pretrained, model_args, **kwargs)
+
+
+@register_model
+def test_mamba3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A Mamba-3D small enough for tests, of clips of 8 frames."""
+    model_args = {**_VIDEO, "img_size": 32, "num_frames": 8, "tubelet_size": 2, "patch_size": 8}
+    model_args |= {"embed_dim": 48, "depth": 6, "d_state": 4}
+    return _create_mamba_nd("test_mamba3d", pretrained, model_args, **kwargs)
