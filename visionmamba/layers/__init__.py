@@ -1,5 +1,6 @@
 """Building blocks that the families share."""
 
+from .channel_attention import ChannelAttention
 from .class_token import (
     CLASS_TOKEN_POSITIONS,
     class_token_indices,
@@ -24,6 +25,7 @@ __all__ = [
     "SS2D",
     "STREAM_NORMS",
     "CascadeSSM",
+    "ChannelAttention",
     "ChannelsLastConv2d",
     "ConvDownsample",
     "ConvPatchEmbed",

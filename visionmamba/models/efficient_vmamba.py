@@ -1,0 +1,340 @@
+"""EfficientVMamba: a light hierarchical backbone that scans strided sub-grids, and convolves where maps are small.
+
+Paper: "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", Pei et al. 2024,
+https://arxiv.org/abs/2403.09977
+
+Written from the paper and from published facts about the official models (names, shapes, hyperparameters); the official
+repository carries no licence, and none of it is used. The weights are the authors'.
+
+The token mixer is VMamba's SS2D with another path: each direction visits one of the four sub-grids of stride 2, so that
+together they visit every token once (paper, section 3.2). Stages 3 and 4 hold inverted residuals instead (section 3.4).
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates
+from timm.models import generate_default_cfgs, register_model
+from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
+from timm.models.swin_transformer import PatchMerging
+
+from ..layers import SS2D, ChannelAttention, ChannelsLastConv2d, DepthwiseConv2d
+from ._builder import build_model
+from ._hierarchical import HierarchicalModel, LayerNorm, Stage, stage_dims
+
+__all__ = ["EfficientVMamba", "EfficientVMambaBlock", "checkpoint_filter_fn", "official_state_dict"]
+
+ATROUS_SCAN = "sub_200,subT_210,sub_201,subT_211"
+"""The four sub-grids of stride 2, along rows and columns in turn."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+class AtrousSS2D(SS2D):
+    """SS2D over the four sub-grids of stride 2, each scanned once; arguments are SS2D's.
+
+    Maps of odd size are padded with zeros at the bottom and right, after the convolution, as the published models do:
+    a padding token adds nothing to the state, but time passes.
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None, **kwargs: Any) -> None:
+        super().__init__(dim, path=ATROUS_SCAN, device=device, dtype=dtype, **kwargs)
+
+    def scan(self, x: torch.Tensor) -> torch.Tensor:
+        """Scan ``(B, H, W, D)``."""
+        batch, height, width, channels = x.shape
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        grid = [height + height % 2, width + width % 2]
+        y = self.ssm(x.reshape(batch, grid[0] * grid[1], channels), None, grid)
+        return y.reshape(batch, grid[0], grid[1], channels)[:, :height, :width]
+
+
+class ConvBranch(nn.Module):
+    """The local branch: a depthwise convolution, a norm, GELU, and a mix of the channels.
+
+    Args:
+        dim: Channels.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv = DepthwiseConv2d(dim, 3, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.proj = ChannelsLastConv2d(dim, dim, 1, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform ``(B, H, W, C)``."""
+        x = self.norm(self.conv(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(F.gelu(x))
+
+
+class EfficientVMambaBlock(nn.Module):
+    """A global branch (the scan) and a local one (convolutions), weighed by one channel attention that they share.
+
+    Args:
+        dim: Channels.
+        d_state: States a channel, N.
+        ssm_ratio: Channels inside the scan relative to ``dim``.
+        drop_path: Rate of stochastic depth.
+        norm_layer: Norm over channels.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        drop_path: float = 0.0,
+        norm_layer=LayerNorm,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = norm_layer(dim, **dd)
+        self.mixer = AtrousSS2D(dim, d_state=d_state, ssm_ratio=ssm_ratio, norm_layer=norm_layer, **dd)
+        self.conv_branch = ConvBranch(dim, **dd)
+        self.attention = ChannelAttention(dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform ``(B, H, W, C)``."""
+        shared = self.norm(x)
+        mixed = self.attention(self.mixer(shared)) + self.attention(self.conv_branch(shared))
+        return x + self.drop_path(mixed)
+
+
+class ConvStage(Stage):
+    """Inverted residuals at one resolution; they work channels first, so the map is viewed so once for all of them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform ``(B, H, W, C)``."""
+        return self.forward_blocks(self.downsample(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class EfficientVMamba(HierarchicalModel):
+    """EfficientVMamba; defaults are those of ``efficient_vmamba_tiny``.
+
+    Args:
+        patch_size: Stride of the patch embedding.
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 for no classifier.
+        global_pool: Pooling before the classifier, as in timm.
+        depths: Blocks of each stage.
+        dims: Channels of each stage, or of the first (they double then).
+        num_scan_stages: Stages that scan; those after them convolve.
+        d_state: States a channel, N.
+        ssm_ratio: Channels inside the token mixer relative to its input's.
+        expand_ratio: Channels inside an inverted residual relative to its input's.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth, growing linearly over the blocks.
+        norm_layer: Norm over channels.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: Sequence[int] = (2, 2, 4, 2),
+        dims: int | Sequence[int] = 48,
+        num_scan_stages: int = 2,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        expand_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer=LayerNorm,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        dims = stage_dims(dims, depths)
+        squeeze = partial(SqueezeExcite, rd_ratio=0.125, rd_round_fn=int)
+        stages = []
+        for i, (dim, rates) in enumerate(
+            zip(dims, calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True), strict=True)
+        ):
+            downsample = PatchMerging(dims[i - 1], dim, norm_layer=norm_layer, **dd) if i else nn.Identity()
+            if i < num_scan_stages:
+                block = partial(EfficientVMambaBlock, dim, d_state, ssm_ratio, norm_layer=norm_layer, **dd)
+                stages.append(Stage(downsample, [block(drop_path=rate) for rate in rates]))
+            else:
+                block = partial(InvertedResidual, dim, dim, exp_ratio=expand_ratio, se_layer=squeeze, **dd)
+                stages.append(ConvStage(downsample, [block(drop_path_rate=rate) for rate in rates]))
+        patch_embed = PatchEmbed(
+            None, patch_size, in_chans, dims[0], norm_layer=norm_layer, output_fmt="NHWC", strict_img_size=False, **dd
+        )
+        super().__init__(
+            patch_embed, stages, dims, patch_size, in_chans, num_classes, global_pool, drop_rate, norm_layer, **dd
+        )
+        if not self.norm.weight.is_meta:
+            self.init_weights(needs_reset=False)
+
+
+_BLOCK_NAMES = {
+    "mixer.ssm.x_proj_weight": "op.x_proj_weight",
+    "mixer.ssm.dt_proj_weight": "op.dt_projs_weight",
+    "mixer.ssm.dt_proj_bias": "op.dt_projs_bias",
+    "mixer.ssm.A_log": "op.A_logs",
+    "mixer.ssm.D": "op.Ds",
+    "mixer.conv": "op.conv2d",
+    "mixer": "op",
+    "conv_branch.conv": "conv_branch.0",
+    "conv_branch.norm": "conv_branch.1",
+    "conv_branch.proj": "conv_branch.3",
+    "attention.norm": "se.norm",
+    "attention.reduce": "se.global_reduce",
+    "attention.expand": "se.channel_select",
+    "conv_pwl": "conv_pw2.0",
+    "conv_pw": "conv_pw.0",
+    "conv_dw": "conv_dw.0",
+    "bn1": "conv_pw.1",
+    "bn2": "conv_dw.1",
+    "bn3": "conv_pw2.1",
+}
+"""Our names inside a block (the first prefix that fits counts), and the official ones."""
+
+
+def _official_block_name(name: str) -> str:
+    for ours, official in _BLOCK_NAMES.items():
+        if name == ours or name.startswith(f"{ours}."):
+            return official + name.removeprefix(ours)
+    return name
+
+
+def _official_name(name: str, model: EfficientVMamba) -> str:
+    """Return the official name of one of our parameters or buffers."""
+    if name.startswith("stages."):
+        _, index, part, inner = name.split(".", 3)
+        stage = int(index)
+        if part == "downsample":  # ours opens a stage, theirs closes the one before
+            before = model.stages[stage - 1]
+            place = f"{len(before.blocks) + 2}" if isinstance(before, ConvStage) else "downsample"
+            return f"layers.{stage - 1}.{place}.{inner}"
+        block, inner = inner.split(".", 1)
+        # a stage that convolves is one sequence, which a permutation opens
+        place = f"{int(block) + 1}" if isinstance(model.stages[stage], ConvStage) else f"blocks.{block}"
+        return f"layers.{stage}.{place}.{_official_block_name(inner)}"
+    for ours, official in (
+        ("patch_embed.proj.", "patch_embed.0."),
+        ("patch_embed.norm.", "patch_embed.2."),
+        ("norm.", "classifier.norm."),
+        ("head.fc.", "classifier.head."),
+    ):
+        if name.startswith(ours):
+            return official + name.removeprefix(ours)
+    return name
+
+
+def official_state_dict(state_dict: Mapping[str, torch.Tensor], model: EfficientVMamba) -> Tensors:
+    """Convert our state dict (or gradients by parameter name) to the authors' names and shapes.
+
+    Args:
+        state_dict: Ours.
+        model: The model it belongs to.
+
+    Returns:
+        Theirs; the inverse of :func:`checkpoint_filter_fn`.
+    """
+    official = {}
+    for name, value in state_dict.items():
+        folded = name.endswith(("ssm.A_log", "ssm.D"))  # theirs fold directions into channels
+        official[_official_name(name, model)] = value.flatten(0, 1) if folded else value
+    return official
+
+
+def checkpoint_filter_fn(state_dict: Tensors, model: EfficientVMamba) -> Tensors:
+    """Convert a checkpoint to the model's state dict.
+
+    Args:
+        state_dict: The authors', or this project's own.
+        model: The model it is for.
+
+    Returns:
+        Our names and shapes; what is not known is passed on as it is.
+    """
+    if any(key.startswith("stages.") for key in state_dict):
+        return state_dict
+    names = {_official_name(name, model): name for name in model.state_dict()}
+    names.update({f"classifier.head.{leaf}": f"head.fc.{leaf}" for leaf in ("weight", "bias")})
+    converted = {}
+    for key, value in state_dict.items():
+        name = names.get(key, key)
+        if name.endswith(("ssm.A_log", "ssm.D")):
+            value = value.unflatten(0, (4, -1))
+        converted[name] = value
+    return converted
+
+
+def _cfg(hf_hub_id: str | None = None, top1: float | None = None, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "", "hf_hub_id": hf_hub_id, "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7),
+        "crop_pct": 0.875, "interpolation": "bicubic", "fixed_input_size": False, "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD, "first_conv": "patch_embed.proj", "classifier": "head.fc",
+        "paper_name": "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba",
+        "paper_ids": "arXiv:2403.09977", "origin_url": "https://github.com/TerryPei/EfficientVMamba",
+        "notes": () if top1 is None else (f"top1: {top1}",),
+        **kwargs,
+    }  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs({
+    "efficient_vmamba_tiny.in1k": _cfg("TerryPei/EfficientVMamba-Tiny", 76.5),
+    "efficient_vmamba_small.in1k": _cfg("TerryPei/EfficientVMamba-Small", 78.7),
+    "efficient_vmamba_base.in1k": _cfg("TerryPei/EfficientVMamba-Base", 81.8),
+    "test_efficient_vmamba.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
+})  # fmt: skip
+
+
+def _create_efficient_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    return build_model(
+        EfficientVMamba,
+        variant,
+        pretrained,
+        checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def efficient_vmamba_tiny(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    """EfficientVMamba-T: 6.5 M parameters, 0.8 G, 76.5 % top-1."""
+    model_args = dict(depths=(2, 2, 4, 2), dims=48)
+    return _create_efficient_vmamba("efficient_vmamba_tiny", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def efficient_vmamba_small(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    """EfficientVMamba-S: 11 M parameters, 1.3 G, 78.7 % top-1; 64 channels wide, as it was trained."""
+    model_args = dict(depths=(2, 2, 4, 2), dims=64)
+    return _create_efficient_vmamba("efficient_vmamba_small", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def efficient_vmamba_base(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    """EfficientVMamba-B: 34 M parameters, 4.0 G, 81.8 % top-1."""
+    model_args = dict(depths=(2, 2, 9, 2), dims=96)
+    return _create_efficient_vmamba("efficient_vmamba_base", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_efficient_vmamba(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    """A micro model for tests and demonstrations: 0.3 M parameters."""
+    model_args = dict(depths=(1, 1, 1, 1), dims=(24, 48, 64, 96), d_state=4)
+    return _create_efficient_vmamba("test_efficient_vmamba", pretrained, **dict(model_args, **kwargs))
