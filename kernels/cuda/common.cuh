@@ -1,0 +1,198 @@
+// Shared by all kernels: activation types, fast exponentials, warp reductions. Needs no CUDA header, so NVRTC starts
+// at once. The Python side inlines this file where a kernel includes it.
+//
+// ACT is the activation type: 0 float32, 1 float16, 2 bfloat16. Everything is computed in float32.
+#pragma once
+
+typedef long long int64;
+typedef unsigned int uint32;
+typedef unsigned short uint16;
+
+#if ACT == 0
+typedef float act_t;
+#else
+typedef uint16 act_t;
+#endif
+
+#define FULL_WARP 0xffffffffu
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+
+#ifndef VM_EMULATE
+__device__ __forceinline__ float exp2_approx(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float log2_approx(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float rcp_approx(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float half_to_float(uint16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
+__device__ __forceinline__ uint16 float_to_half(float x) { uint16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+// Two values in one register, the first in the low half.
+__device__ __forceinline__ uint32 pack_bf16(float low, float high) { uint32 y; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low)); return y; }
+__device__ __forceinline__ float bits_to_float(uint32 x) { return __uint_as_float(x); }
+#endif
+
+// Sums 8 values each over groups of 8 neighbouring lanes on the tensor cores: lane l gets value l / 4 of group l % 4.
+// A row of the left operand picks one value, so four products stack all eight; their columns are pairs of half groups.
+// The inputs lose their bits below tf32's (2^-11 relative), which is less than the rounding of 16-bit gradients.
+#ifndef VM_EMULATE
+__device__ __forceinline__ float sum_8_values_over_8_lanes(const float* v, int lane) {
+  float c0 = 0.f, c1 = 0.f, c2 = 0.f, c3 = 0.f;
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const uint32 even = lane >> 2 == 2 * j ? 0x3f800000u : 0u, odd = lane >> 2 == 2 * j + 1 ? 0x3f800000u : 0u;
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+        : "r"(even), "r"(0u), "r"(odd), "r"(0u), "r"(__float_as_uint(v[2 * j])), "r"(__float_as_uint(v[2 * j + 1])));
+  }
+  return c0 + c1;
+}
+#else
+__device__ __forceinline__ float sum_8_values_over_8_lanes(const float* v, int lane) {
+  float result = 0.f;
+  for (int value = 0; value < 8; value++)
+    for (int i = 0; i < 8; i++) {
+      float other = __shfl_sync(FULL_WARP, v[value], (lane & 3) * 8 + i);
+      if (value == lane >> 2) result += other;
+    }
+  return result;
+}
+#endif
+
+__device__ __forceinline__ float to_float(act_t x) {
+#if ACT == 0
+  return x;
+#elif ACT == 1
+  return half_to_float(x);
+#else
+  return bits_to_float((uint32)x << 16);
+#endif
+}
+
+__device__ __forceinline__ act_t from_float(float x) {
+#if ACT == 0
+  return x;
+#elif ACT == 1
+  return float_to_half(x);
+#else
+  return (act_t)(pack_bf16(x, 0.f) & 0xffff);
+#endif
+}
+
+// V neighbouring activations as one memory access, kept as loaded ("raw") until they are needed as floats.
+template <int V> struct Raw;
+#if ACT == 0
+template <> struct Raw<1> { float x; };
+template <> struct __align__(8) Raw<2> { float x, y; };
+__device__ __forceinline__ void unpack(Raw<1> r, float* f) { f[0] = r.x; }
+__device__ __forceinline__ void unpack(Raw<2> r, float* f) { f[0] = r.x; f[1] = r.y; }
+__device__ __forceinline__ Raw<1> pack(const float* f, Raw<1>) { Raw<1> r; r.x = f[0]; return r; }
+__device__ __forceinline__ Raw<2> pack(const float* f, Raw<2>) { Raw<2> r; r.x = f[0]; r.y = f[1]; return r; }
+template <int V> __device__ __forceinline__ Raw<V> raw_zero();
+template <> __device__ __forceinline__ Raw<1> raw_zero<1>() { Raw<1> r; r.x = 0.f; return r; }
+template <> __device__ __forceinline__ Raw<2> raw_zero<2>() { Raw<2> r; r.x = 0.f; r.y = 0.f; return r; }
+#else
+template <> struct Raw<1> { uint16 x; };
+template <> struct __align__(4) Raw<2> { uint32 x; };
+__device__ __forceinline__ void unpack(Raw<1> r, float* f) { f[0] = to_float(r.x); }
+__device__ __forceinline__ void unpack(Raw<2> r, float* f) {
+#if ACT == 1
+  f[0] = half_to_float((uint16)(r.x & 0xffff)); f[1] = half_to_float((uint16)(r.x >> 16));
+#else
+  f[0] = bits_to_float(r.x << 16); f[1] = bits_to_float(r.x & 0xffff0000u);
+#endif
+}
+__device__ __forceinline__ Raw<1> pack(const float* f, Raw<1>) { Raw<1> r; r.x = from_float(f[0]); return r; }
+__device__ __forceinline__ Raw<2> pack(const float* f, Raw<2>) {
+  Raw<2> r;
+#if ACT == 1
+  r.x = (uint32)float_to_half(f[0]) | ((uint32)float_to_half(f[1]) << 16);
+#else
+  r.x = pack_bf16(f[0], f[1]);
+#endif
+  return r;
+}
+template <int V> __device__ __forceinline__ Raw<V> raw_zero() { Raw<V> r; r.x = 0; return r; }
+#endif
+
+template <int V> __device__ __forceinline__ Raw<V> load_raw(const act_t* p) { return *reinterpret_cast<const Raw<V>*>(p); }
+template <int V> __device__ __forceinline__ void store_act(act_t* p, const float* f) { *reinterpret_cast<Raw<V>*>(p) = pack(f, Raw<V>()); }
+
+struct __align__(8) Pair { float x, y; };
+struct __align__(16) Quad { float x, y, z, w; };
+
+// V floats from or to memory that is aligned to V floats (V a power of two; at most 4 at a time).
+template <int V> __device__ __forceinline__ void load_floats(const float* p, float* f) {
+  if constexpr (V % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) { Quad q = *reinterpret_cast<const Quad*>(p + i); f[i] = q.x; f[i + 1] = q.y; f[i + 2] = q.z; f[i + 3] = q.w; }
+  } else if constexpr (V == 2) {
+    Pair q = *reinterpret_cast<const Pair*>(p); f[0] = q.x; f[1] = q.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i++) f[i] = p[i];
+  }
+}
+
+template <int V> __device__ __forceinline__ void store_floats(float* p, const float* f) {
+  if constexpr (V % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) { Quad q; q.x = f[i]; q.y = f[i + 1]; q.z = f[i + 2]; q.w = f[i + 3]; *reinterpret_cast<Quad*>(p + i) = q; }
+  } else if constexpr (V == 2) {
+    Pair q; q.x = f[0]; q.y = f[1]; *reinterpret_cast<Pair*>(p) = q;
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i++) p[i] = f[i];
+  }
+}
+
+// log(1 + e) for e in [0, 1]. lg2.approx has an absolute error of 2^-22, so small e takes the series instead.
+__device__ __forceinline__ float log1p_unit(float e) {
+  float big = LN2 * log2_approx(1.f + e);
+#if ACT == 0
+  float small = e * (1.f + e * (-0.5f + e * (0.33333333f + e * (-0.25f + e * (0.2f + e * (-0.16666667f + e * 0.14285714f))))));
+  return e < 0.125f ? small : big;
+#else
+  float small = e * (1.f + e * (-0.5f + e * 0.33333333f));
+  return e < 0.03125f ? small : big;
+#endif
+}
+
+// softplus(v) = max(v, 0) + log(1 + exp(-|v|)): finite for every finite v, accurate for small results.
+__device__ __forceinline__ float softplus(float v) {
+  return fmaxf(v, 0.f) + log1p_unit(exp2_approx(-fabsf(v) * LOG2E));
+}
+
+// softplus and its derivative, which share the exponential.
+__device__ __forceinline__ float softplus(float v, float& derivative) {
+  float e = exp2_approx(-fabsf(v) * LOG2E);
+  float r = rcp_approx(1.f + e);
+  derivative = v >= 0.f ? r : e * r;
+  return fmaxf(v, 0.f) + log1p_unit(e);
+}
+
+__device__ __forceinline__ float silu(float z) {
+  float e = exp2_approx(-fabsf(z) * LOG2E);
+  float r = rcp_approx(1.f + e);
+  return z * (z >= 0.f ? r : e * r);
+}
+
+// Sum M values each over `lanes` lanes (powers of two) whose numbers differ by multiples of `stride`, by halving: each
+// exchange sends the half that the partner keeps, so M values cost about M shuffles, not M log(lanes).
+// Lane j of the group ends with values [first, first + kept) summed, kept = max(1, M / lanes); first is returned.
+template <int M, int LANES, int STRIDE> __device__ __forceinline__ int reduce_over_lanes(float* v, int lane) {
+  if constexpr (LANES == 1) {
+    return 0;
+  } else {
+    constexpr int BIT = (LANES / 2) * STRIDE;
+    if constexpr (M == 1) {
+      v[0] += __shfl_xor_sync(FULL_WARP, v[0], BIT);
+      return reduce_over_lanes<1, LANES / 2, STRIDE>(v, lane);
+    } else {
+      const bool upper = lane & BIT;
+#pragma unroll
+      for (int i = 0; i < M / 2; i++) {
+        float send = upper ? v[i] : v[i + M / 2], keep = upper ? v[i + M / 2] : v[i];
+        v[i] = keep + __shfl_xor_sync(FULL_WARP, send, BIT);
+      }
+      return (upper ? M / 2 : 0) + reduce_over_lanes<M / 2, LANES / 2, STRIDE>(v, lane);
+    }
+  }
+}

@@ -1,0 +1,112 @@
+// Second stages: sums in a fixed order, so that results are bit-identical from run to run.
+// Macros: ACT.
+#include "common.cuh"
+
+struct MergeArgs {
+  const float* partial;   // (rows, K, D)
+  const act_t* z;         // rows of D, or null
+  act_t* y;               // (rows, D)
+  int64 rows, z_b;        // z's row of (b, l) starts at b z_b + l z_l
+  int K, D, L, z_l;
+};
+
+// y = sum_k partial_k, times silu(z).
+template <int V> __device__ __forceinline__ void merge(const MergeArgs& p) {
+  const int columns = p.D / V;
+  const int64 index = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (index >= p.rows * columns) return;
+  const int64 row = index / columns;
+  const int d = (int)(index - row * columns) * V;
+  const float* from = p.partial + row * p.K * p.D + d;
+  float y[V], f[V];
+  load_floats<V>(from, y);
+  for (int k = 1; k < p.K; k++) {
+    load_floats<V>(from + (int64)k * p.D, f);
+#pragma unroll
+    for (int v = 0; v < V; v++) y[v] += f[v];
+  }
+  if (p.z != nullptr) {
+    const act_t* z = p.z + (row / p.L) * p.z_b + (row % p.L) * p.z_l + d;
+#pragma unroll
+    for (int v = 0; v < V; v++) y[v] *= silu(to_float(z[v]));
+  }
+  if constexpr (V == 4) {
+    store_act<2>(p.y + row * p.D + d, y);
+    store_act<2>(p.y + row * p.D + d + 2, y + 2);
+  } else {
+    store_act<1>(p.y + row * p.D + d, y);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256) merge_directions_1(const __grid_constant__ MergeArgs p) { merge<1>(p); }
+extern "C" __global__ void __launch_bounds__(256) merge_directions_4(const __grid_constant__ MergeArgs p) { merge<4>(p); }
+
+struct ProjectionArgs {
+  const float* partial;   // (B, K, tiles, L, 2 N)
+  act_t *dB, *dC;         // (B, L, K, N)
+  int K, L, N, tiles, blocks, pad;  // `blocks` blocks a plane (b, k)
+};
+
+// dB and dC summed over the blocks of channels.
+extern "C" __global__ void __launch_bounds__(256) reduce_projections(const __grid_constant__ ProjectionArgs p) {
+  const int bk = blockIdx.x / p.blocks, in_plane = (blockIdx.x % p.blocks) * 256 + threadIdx.x, plane = p.L * 2 * p.N;
+  if (in_plane >= plane) return;
+  const float* from = p.partial + (int64)bk * p.tiles * plane + in_plane;
+  float sum = 0.f;
+#pragma unroll 4
+  for (int i = 0; i < p.tiles; i++) sum += from[(int64)i * plane];
+  const int l = in_plane / (2 * p.N), n = in_plane - l * 2 * p.N;
+  const int64 to = (((int64)(bk / p.K) * p.L + l) * p.K + bk % p.K) * p.N;
+  if (n < p.N) p.dB[to + n] = from_float(sum); else p.dC[to + n - p.N] = from_float(sum);
+}
+
+struct RowsArgs {
+  const float* partial;   // (rows, width)
+  float* out;             // (width)
+  int64 rows, width;
+};
+
+// Column sums; the rows' partial sums of a column are added in a fixed order.
+extern "C" __global__ void __launch_bounds__(256) reduce_rows(const __grid_constant__ RowsArgs p) {
+  __shared__ float sums[8][32];
+  const int lane = threadIdx.x & 31, part = threadIdx.x >> 5;
+  const int64 column = (int64)blockIdx.x * 32 + lane;
+  float sum = 0.f;
+  if (column < p.width)
+#pragma unroll 4
+    for (int64 row = part; row < p.rows; row += 8) sum += p.partial[row * p.width + column];
+  sums[part][lane] = sum;
+  __syncthreads();
+  if (part == 0 && column < p.width) {
+    float total = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) total += sums[i][lane];
+    p.out[column] = total;
+  }
+}
+
+struct GateArgs {
+  const act_t *y, *z, *dout;  // rows of D; y contiguous
+  act_t *out, *dy, *dz;       // contiguous; forward writes out, backward dy and dz
+  int64 rows, z_b, dout_b;
+  int D, L, z_l, dout_l;
+};
+
+// out = y silu(z); one element a thread.
+extern "C" __global__ void __launch_bounds__(256) gate_forward(const __grid_constant__ GateArgs p) {
+  const int64 index = (int64)blockIdx.x * 256 + threadIdx.x;
+  if (index >= p.rows * p.D) return;
+  const int64 row = index / p.D;
+  const float z = to_float(p.z[(row / p.L) * p.z_b + (row % p.L) * p.z_l + index % p.D]);
+  p.out[index] = from_float(to_float(p.y[index]) * silu(z));
+}
+
+extern "C" __global__ void __launch_bounds__(256) gate_backward(const __grid_constant__ GateArgs p) {
+  const int64 index = (int64)blockIdx.x * 256 + threadIdx.x;
+  if (index >= p.rows * p.D) return;
+  const int64 row = index / p.D, b = row / p.L, l = row % p.L, d = index % p.D;
+  const float z = to_float(p.z[b * p.z_b + l * p.z_l + d]), dout = to_float(p.dout[b * p.dout_b + l * p.dout_l + d]);
+  const float e = exp2_approx(-fabsf(z) * LOG2E), r = rcp_approx(1.f + e), sigmoid = z >= 0.f ? r : e * r;
+  p.dy[index] = from_float(dout * z * sigmoid);
+  p.dz[index] = from_float(dout * to_float(p.y[index]) * sigmoid * (1.f + z * (1.f - sigmoid)));
+}

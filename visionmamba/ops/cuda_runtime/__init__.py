@@ -1,0 +1,17 @@
+"""CUDA kernels at run time: NVRTC through cuda-core, a cubin cache on disk, and launches on torch's stream."""
+
+from .compiler import CompileError, available, compile_cubin, nvrtc_version, source
+from .launcher import Arguments, Kernel, Launcher, launcher, pointer
+
+__all__ = [
+    "Arguments",
+    "CompileError",
+    "Kernel",
+    "Launcher",
+    "available",
+    "compile_cubin",
+    "launcher",
+    "nvrtc_version",
+    "pointer",
+    "source",
+]

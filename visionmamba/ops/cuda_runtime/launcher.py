@@ -1,0 +1,156 @@
+"""Launch compiled kernels on torch's current stream. Every kernel takes one struct."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from .compiler import compile_cubin
+
+__all__ = ["Arguments", "Kernel", "Launcher", "launcher", "pointer"]
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Return a tensor's address, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class Arguments(NamedTuple):
+    """A kernel's argument struct: 8-byte fields (pointers and int64), then 4-byte ones (int32)."""
+
+    wide: tuple[int, ...]
+    narrow: tuple[int, ...]
+
+    def pack(self) -> bytes:
+        """Return the struct's bytes."""
+        return _struct(len(self.wide), len(self.narrow)).pack(*self.wide, *self.narrow)
+
+
+@cache
+def _struct(wide: int, narrow: int) -> struct.Struct:
+    return struct.Struct(f"={wide}q{narrow}i" + ("4x" if narrow % 2 else ""))
+
+
+class Kernel:
+    """A loaded kernel of one specialisation.
+
+    Args:
+        handle: The driver's function.
+        library: Keeps the binary loaded.
+    """
+
+    def __init__(self, handle: Any, library: Any) -> None:
+        self._handle, self._library = handle, library
+
+    def launch(self, blocks: int, threads: int, arguments: Arguments, stream: int, shared_bytes: int = 0) -> None:
+        """Launch the kernel.
+
+        Args:
+            blocks: Blocks of the one-dimensional grid.
+            threads: Threads a block.
+            arguments: The struct.
+            stream: The stream's address.
+            shared_bytes: Dynamic shared memory.
+        """
+        from cuda.bindings import driver
+
+        packed = ctypes.create_string_buffer(arguments.pack())
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
+        (status,) = driver.cuLaunchKernel(
+            self._handle, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(parameters), 0
+        )
+        if int(status) != 0:
+            raise RuntimeError(f"kernel launch failed: {status!s} (blocks {blocks}, threads {threads})")
+
+
+class Launcher:
+    """Kernels of one device.
+
+    Args:
+        device: A CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        properties = torch.cuda.get_device_properties(device)
+        self.multiprocessors: int = properties.multi_processor_count
+        self.shared_bytes: int = properties.shared_memory_per_block_optin
+        self.architecture = f"sm_{properties.major}{properties.minor}"
+        self._kernels: dict[tuple[Any, ...], Kernel] = {}
+        self._lock = threading.Lock()
+
+    def kernel(self, file: str, name: str, macros: Mapping[str, int], shared_bytes: int = 0) -> Kernel:
+        """Return a kernel, compiled and loaded if need be.
+
+        Args:
+            file: File in ``kernels/cuda``.
+            name: The kernel's name in it.
+            macros: The specialisation.
+            shared_bytes: Most dynamic shared memory that a launch will ask for.
+        """
+        key = (file, name, *macros.items(), shared_bytes)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            with self._lock:
+                kernel = self._kernels[key] = self._load(file, name, macros, shared_bytes)
+        return kernel
+
+    def _load(self, file: str, name: str, macros: Mapping[str, int], shared_bytes: int) -> Kernel:
+        from cuda.bindings import driver
+
+        torch.cuda.current_stream(self.device)  # makes sure that torch has set up the device's context
+        cubin = compile_cubin(file, macros, self.architecture)
+        status, library = driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0)
+        _check(status, f"loading {file}")
+        status, kernel = driver.cuLibraryGetKernel(library, name.encode())
+        _check(status, f"finding {name} in {file}")
+        if shared_bytes > 48 * 1024:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            status, device = driver.cuDeviceGet(self.device.index)
+            (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, device)
+            _check(status, f"setting the shared memory of {name}")
+        status, function = driver.cuKernelGetFunction(kernel)
+        _check(status, f"binding {name} to the device's context")
+        return Kernel(function, library)
+
+    def stream(self) -> int:
+        """Return the address of torch's current stream on the device."""
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def run(
+        self,
+        file: str,
+        name: str,
+        macros: Mapping[str, int],
+        blocks: int,
+        threads: int,
+        arguments: Arguments,
+        shared_bytes: int = 0,
+    ) -> None:
+        """Launch a kernel on torch's current stream; compile it first if need be."""
+        if blocks:
+            with torch.cuda.device(self.device):
+                self.kernel(file, name, macros, shared_bytes).launch(
+                    blocks, threads, arguments, self.stream(), shared_bytes
+                )
+
+
+def _check(status: Any, what: str) -> None:
+    if int(status) != 0:
+        raise RuntimeError(f"{what} failed: {status!s}")
+
+
+@cache
+def _launcher(index: int) -> Launcher:
+    return Launcher(torch.device("cuda", index))
+
+
+def launcher(device: torch.device) -> Launcher:
+    """Return the launcher of a CUDA device."""
+    return _launcher(torch.cuda.current_device() if device.index is None else device.index)

@@ -1,0 +1,298 @@
+"""The selective scan on NVIDIA GPUs: ``kernels/cuda/selective_scan.cu``, specialised and launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import cuda_runtime
+from ..backend import Implementation, register_implementation
+from ..cuda_runtime import Arguments, pointer
+from . import cuda_tile
+from .cuda_call import ACT, Call, rows, strides, visits
+
+__all__ = ["Tiling", "backward", "forward", "macros"]
+
+_FILE = "selective_scan.cu"
+_MAX_STATES = 64
+_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel is cut: see the head of ``selective_scan.cu``.
+
+    Args:
+        spt: States a thread.
+        cpt: Channels a thread.
+        steps: Steps whose states and decays the backward holds in registers.
+        windows: Such register windows a staged group.
+        warps: Warps a block.
+        min_blocks: Blocks a multiprocessor that registers must suffice for.
+    """
+
+    spt: int
+    cpt: int
+    steps: int
+    windows: int
+    warps: int
+    min_blocks: int = 1
+
+    def channels(self, states: int) -> int:
+        """Channels of a warp."""
+        return 32 * self.spt // _padded(states) * self.cpt
+
+    @property
+    def tile_steps(self) -> int:
+        return self.steps * self.windows
+
+
+_FORWARD_TILINGS = {
+    1: Tiling(1, 1, 8, 1, 4),
+    2: Tiling(2, 1, 8, 1, 4),
+    4: Tiling(4, 1, 8, 1, 4),
+    8: Tiling(8, 1, 8, 1, 4),
+    16: Tiling(4, 4, 8, 1, 4),
+    32: Tiling(8, 4, 8, 1, 4),
+    64: Tiling(8, 4, 8, 1, 4),
+}
+_BACKWARD_TILINGS = {
+    1: Tiling(1, 1, 16, 1, 4),
+    2: Tiling(2, 1, 8, 1, 4),
+    4: Tiling(4, 1, 8, 1, 4),
+    8: Tiling(4, 2, 8, 1, 4),
+    16: Tiling(4, 2, 8, 1, 4),
+    32: Tiling(4, 2, 8, 1, 4),
+    64: Tiling(4, 4, 4, 2, 4),
+}
+_WARPS_WANTED = {"forward": 16, "backward": 8}  # warps a multiprocessor below which long paths are cut into chunks
+_MIN_CHUNK = 64
+
+
+def _padded(states: int) -> int:
+    return 1 << (states - 1).bit_length()
+
+
+def macros(
+    dtype: torch.dtype,
+    states: int,
+    tiling: Tiling,
+    vec: int,
+    flags: dict[str, int],
+    *,
+    gate: bool = False,
+    partial: bool = False,
+) -> dict[str, int]:
+    """Return the macros of a specialisation of the kernel file."""
+    return {
+        "ACT": ACT[dtype],
+        "D_STATE": states,
+        "SPT": tiling.spt,
+        "CPT": tiling.cpt,
+        "STEPS": tiling.steps,
+        "WINDOWS": tiling.windows,
+        "WARPS": tiling.warps,
+        "VEC": vec,
+        "MIN_BLOCKS": tiling.min_blocks,
+        **flags,
+        "GATE": int(gate),
+        "PARTIAL": int(partial),
+    }
+
+
+def _vector_tiling(tiling: Tiling, states: int, vec: int) -> Tiling:
+    """Narrow a tile that one warp cannot stage one value at a time."""
+    while tiling.channels(states) // vec > 32:
+        tiling = Tiling(tiling.spt, tiling.cpt // 2, tiling.steps, tiling.windows, tiling.warps, tiling.min_blocks)
+    return tiling
+
+
+def _expanded_delta(delta: Tensor, dt_weight: Tensor | None) -> Tensor:
+    """Expand a low-rank delta, (B, L, K, R), to the channels, (B, L, K, D)."""
+    if dt_weight is None:
+        return delta
+    return torch.einsum("blkr,kdr->blkd", delta, dt_weight.to(delta.dtype))
+
+
+class _Scan(Call):
+    """A call of ``selective_scan.cu``: its tiles, chunks and argument struct."""
+
+    def __init__(self, kind: str, *arguments, others=()):
+        super().__init__(*arguments, others=others)
+        table = _FORWARD_TILINGS if kind == "forward" else _BACKWARD_TILINGS
+        self.tiling = self._fit_warps(_vector_tiling(table[_padded(self.states)], self.states, self.vec))
+        width = self.tiling.warps * self.tiling.channels(self.states)
+        self.tiles = -(-self.channels // width)
+        self.chunks, self.chunk_steps = self._chunk(_WARPS_WANTED[kind])
+        self.blocks = self.batch * self.chunks * self.directions * self.tiles
+        self.threads = 32 * self.tiling.warps
+
+    def _fit_warps(self, tiling: Tiling) -> Tiling:
+        """Use the number of warps a block, up to the tiling's, that leaves the fewest idle."""
+        needed = -(-self.channels // tiling.channels(self.states))
+        warps = min(range(tiling.warps, 0, -1), key=lambda w: -(-needed // w) * w)
+        return Tiling(tiling.spt, tiling.cpt, tiling.steps, tiling.windows, warps, tiling.min_blocks)
+
+    def _chunk(self, warps_wanted: int) -> tuple[int, int]:
+        """Choose the number of chunks and their steps: one chunk wherever the rows fill the device."""
+        group = self.tiling.tile_steps
+        whole = max(group, -(-self.num_steps // group) * group)
+        rows = self.batch * self.directions * self.tiles * self.tiling.warps
+        wanted = -(-self.launcher.multiprocessors * warps_wanted // max(1, rows))
+        if wanted < 2:
+            return 1, whole
+        steps = max(_MIN_CHUNK, -(-self.num_steps // wanted))
+        steps = min(whole, -(-steps // group) * group)
+        return max(1, -(-self.num_steps // steps)), steps
+
+    def arguments(self, *, z=None, dy=None, y=None, du=None, **others: Tensor | None) -> Arguments:
+        """Lay out ``ScanArgs``."""
+        all_strides = [strides(x) for x in (self.u, self.delta, self.B, self.C, z, dy, y, du)]
+        names = (
+            "state_in", "adjoint_in", "y", "last_state", "carry_state", "carry_adjoint", "carry_delta", "du", "ddelta",
+            "dBC", "dparams", "dstate", "checkpoints",
+        )  # fmt: skip
+        others.update(y=y, du=du)
+        pointers = [pointer(x) for x in (
+            self.u, self.delta, self.B, self.C, z, dy, self.A, self.D, self.bias, self.order, *map(others.get, names)
+        )]  # fmt: skip
+        wide = (*pointers, *(stride[0] for stride in all_strides))
+        narrow = [value for stride in all_strides for value in stride[1:]]
+        narrow += [self.num_tokens, self.num_steps, self.channels, self.directions, self.chunks, self.chunk_steps]
+        return Arguments(wide, (*narrow, self.tiles, 0))
+
+    def run(self, name: str, arguments: Arguments, gate: bool = False, partial: bool = False) -> None:
+        specialisation = macros(
+            self.u.dtype, self.states, self.tiling, self.vec, self.flags, gate=gate, partial=partial
+        )
+        self.launcher.run(_FILE, name, specialisation, self.blocks, self.threads, arguments)
+
+    def carries(self, initial: Tensor | None, dy: Tensor | None = None, dlast: Tensor | None = None):
+        """Return the states that enter each chunk and, given ``dy``, the adjoints that enter each chunk's end."""
+        if self.chunks == 1:
+            return initial, dlast
+        shape = (self.batch, self.directions, self.chunks, self.channels)
+        state, total = self.empty(*shape, self.states), self.empty(*shape)
+        adjoint = None if dy is None else self.empty(*shape, self.states)
+        name = "scan_carry" if dy is None else "scan_carry_adjoint"
+        self.run(name, self.arguments(dy=dy, carry_state=state, carry_adjoint=adjoint, carry_delta=total))
+        rows = self.batch * self.directions
+        arguments = Arguments(
+            (*map(pointer, (state, adjoint, total, self.A, initial, dlast)), rows),
+            (self.directions, self.channels, self.chunks, 0),
+        )
+        specialisation = macros(self.u.dtype, self.states, self.tiling, self.vec, self.flags)
+        blocks = -(-rows * self.channels * self.states // 128)
+        self.launcher.run(_FILE, "combine_carries", specialisation, blocks, 128, arguments)
+        return state, adjoint
+
+
+def _tile_plan(kind: str, call: Call, merge: bool) -> cuda_tile.TilePlan | None:
+    if call.states != 1:
+        return None
+    sizes = (call.batch, call.num_tokens, call.num_steps, call.channels)
+    return cuda_tile.plan(kind, *sizes, call.vec, merge, call.launcher)
+
+
+def forward(
+    u, delta, A, B, C, D, z, delta_bias, dt_weight, initial_state, path, grid, delta_softplus, merge, in_step_order
+):
+    """Compute the op ``visionmamba::selective_scan``; see :func:`visionmamba.ops.selective_scan`."""
+    delta, z = _expanded_delta(delta, dt_weight), rows(z)
+    initial = None if initial_state is None else initial_state.float().contiguous()
+    scan = _Scan("forward", u, delta, A, B, C, D, delta_bias, path, grid, delta_softplus, in_step_order, others=[z])
+    tile = _tile_plan("forward", scan, merge)
+    if tile is not None:
+        return cuda_tile.forward(scan, tile, z, initial, merge)
+    y, is_partial = scan.output(merge)
+    last = scan.empty(scan.batch, scan.directions, scan.channels, scan.states)
+    state, _ = scan.carries(initial)
+    gate = None if is_partial else z
+    arguments = scan.arguments(z=gate, y=y, state_in=state, last_state=last)
+    scan.run("scan_forward", arguments, gate=gate is not None, partial=is_partial)
+    return scan.merged(y, z) if is_partial else y, last
+
+
+def _gate_backward(dy, z, *arguments):
+    """Return the gradients of y and z for out = y silu(z), with y recomputed."""
+    *tensors, path, grid, delta_softplus, merge, in_step_order = arguments
+    y, _ = forward(*tensors, path, grid, delta_softplus, merge, in_step_order)
+    gate = (z if z.dim() == dy.dim() else z.unsqueeze(2)).float()
+    sigmoid, dy32 = torch.sigmoid(gate), dy.float()
+    dz = dy32 * y.float() * sigmoid * (1 + gate * (1 - sigmoid))
+    return (dy32 * gate * sigmoid).to(dy.dtype), dz if z.dim() == dy.dim() else dz.sum(2)
+
+
+def _backward(scan: _Scan, dy: Tensor, dlast: Tensor | None, initial: Tensor | None):
+    """Return du, ddelta, dB, dC, dA, dD, dbias and the gradient of the initial state."""
+    state, adjoint = scan.carries(initial, dy, dlast)
+    du, is_partial = scan.output(merge=scan.u.dim() == 3)
+    zero = not scan.rows_read
+    ddelta = scan.empty(*scan.delta.shape, dtype=scan.u.dtype, zero=zero)
+    dBC = scan.empty(scan.batch, scan.directions, scan.tiles, scan.num_tokens, 2 * scan.states, zero=zero)
+    dparams = scan.empty(scan.batch * scan.chunks, scan.directions * scan.channels * (scan.states + 2))
+    dstate = None if initial is None else torch.empty_like(initial)
+    groups = scan.chunk_steps // scan.tiling.tile_steps
+    checkpoints = scan.empty(scan.blocks * scan.threads * groups * scan.tiling.cpt * scan.tiling.spt)
+    arguments = scan.arguments(
+        dy=dy, du=du, state_in=state, adjoint_in=adjoint, ddelta=ddelta, dBC=dBC, dparams=dparams, dstate=dstate,
+        checkpoints=checkpoints,
+    )  # fmt: skip
+    scan.run("scan_backward", arguments, partial=is_partial)
+    if is_partial:
+        du = scan.merged(du)
+    return du, ddelta, *scan.projections(dBC, scan.tiles), *scan.parameters(dparams), dstate
+
+
+def backward(
+    dy, dlast, u, delta, A, B, C, D, z, delta_bias, dt_weight, initial_state, path, grid, delta_softplus, merge,
+    in_step_order,
+):  # fmt: skip
+    """Compute the gradients of :func:`forward`'s ten tensor arguments; None for absent ones."""
+    dz = None
+    if z is not None:
+        options = (path, grid, delta_softplus, merge, in_step_order)
+        dy, dz = _gate_backward(dy, z, u, delta, A, B, C, D, None, delta_bias, dt_weight, initial_state, *options)
+    low_rank, delta, dy = delta, _expanded_delta(delta, dt_weight), rows(dy)
+    initial, dlast = (None if x is None else x.float().contiguous() for x in (initial_state, dlast))
+    scan = _Scan("backward", u, delta, A, B, C, D, delta_bias, path, grid, delta_softplus, in_step_order, others=[dy])
+    tile = _tile_plan("backward", scan, u.dim() == 3)
+    run = _backward if tile is None else partial(cuda_tile.backward, tile=tile)
+    du, ddelta, dB, dC, dA, dD, dbias, dstate = run(scan, dy=dy, dlast=dlast, initial=initial)
+    ddt_weight = None
+    if dt_weight is not None:
+        ddt_weight = torch.einsum("blkd,blkr->kdr", ddelta, low_rank)
+        ddelta = torch.einsum("blkd,kdr->blkr", ddelta, dt_weight.to(ddelta.dtype))
+    return (
+        du, ddelta, dA, dB, dC, None if D is None else dD, dz, None if delta_bias is None else dbias, ddt_weight, dstate
+    )  # fmt: skip
+
+
+def _probe() -> str | None:
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "needs an NVIDIA GPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    return cuda_runtime.available()
+
+
+def _supports(
+    u, delta, A, B, C, D, z, delta_bias, dt_weight, initial_state, path, grid, delta_softplus, merge, in_step_order
+) -> str | None:
+    if u.dtype not in ACT:
+        return f"takes float32, float16 and bfloat16, not {str(u.dtype).removeprefix('torch.')}"
+    if A.shape[2] > _MAX_STATES:
+        return f"takes up to {_MAX_STATES} states a channel, not {A.shape[2]}"
+    if any(stride > _INT32 for x in (u, delta, B, C, z) if x is not None for stride in x.stride()[1:]):
+        return "takes strides up to 2^31 elements between tokens"
+    if visits(path, tuple(grid)).repeats:
+        return "takes paths whose directions visit a token at most once"
+    return None
+
+
+register_implementation(
+    Implementation("selective_scan", "cuda", ("cuda",), forward, backward, probe=_probe, supports=_supports)
+)

@@ -1,0 +1,140 @@
+"""What the CUDA kernels of the scan share on the host: a call's tensors, strides, results and second stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import cuda_runtime
+from ..cuda_runtime import Arguments, pointer
+from ..scan_path import scan_order, scan_path
+
+__all__ = ["ACT", "Call", "Visits", "rows", "strides", "visits"]
+
+ACT = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""The kernels' macro ACT."""
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Which tokens a path visits."""
+
+    complete: bool  # every direction visits every token
+    disjoint: bool  # no token is visited twice, by any direction
+    covers: bool  # every token is visited by some direction
+    repeats: bool  # a direction visits a token twice
+
+
+@lru_cache(maxsize=512)
+def visits(path: str, grid: tuple[int, ...]) -> Visits:
+    table = scan_path(path, grid)
+    counts = np.stack([np.bincount(row[row >= 0], minlength=table.num_tokens) for row in table.order])
+    total = counts.sum(0)
+    return Visits(
+        bool((counts >= 1).all()), bool((total <= 1).all()), bool((total >= 1).all()), bool((counts > 1).any())
+    )
+
+
+def rows(x: Tensor | None) -> Tensor | None:
+    """Return ``x`` with a contiguous last dimension."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Strides along batch, tokens and directions; 0 for the directions of a tensor that they share."""
+    if x is None:
+        return 0, 0, 0
+    return (*x.stride()[:2], 0) if x.dim() == 3 else x.stride()[:3]
+
+
+def _vector(channels: int, states: int, channel_rows: list[Tensor | None], state_rows: list[Tensor]) -> int:
+    """Return 2 where every row of activations can be read two values at a time, else 1."""
+    rows = [x for x in channel_rows if x is not None] + (state_rows if states % 2 == 0 else [])
+    aligned = all(
+        x.data_ptr() % (2 * x.element_size()) == 0 and all(stride % 2 == 0 for stride in x.stride()[:-1]) for x in rows
+    )
+    return 2 if aligned and channels % 2 == 0 else 1
+
+
+class Call:
+    """One call: shapes, contiguous rows, float32 parameters, and the results' allocation and second stages.
+
+    Args:
+        u, delta, A, B, C, D, delta_bias: As in ``selective_scan``, with ``delta`` expanded to the channels.
+        path: Scan path.
+        grid: Its grid.
+        delta_softplus: Apply softplus to the step sizes.
+        in_step_order: Step t reads row t of ``delta``, ``B`` and ``C``.
+        others: More activations that the kernels will read (``z`` or ``dy``).
+    """
+
+    def __init__(self, u, delta, A, B, C, D, delta_bias, path, grid, delta_softplus, in_step_order, others=()):
+        self.batch, self.num_tokens = u.shape[:2]
+        self.directions, self.channels, self.states = A.shape
+        self.u, self.delta, self.B, self.C = (rows(x) for x in (u, delta, B, C))
+        self.A, self.D, self.bias = (x if x is None else x.float().contiguous() for x in (A, D, delta_bias))
+        self.order = scan_order(path, tuple(grid), u.device)
+        self.num_steps = self.order.shape[1]
+        self.visits = visits(path, tuple(grid))
+        self.flags = {"SOFTPLUS": int(delta_softplus), "STEP_ORDER": int(in_step_order)}
+        self.launcher = cuda_runtime.launcher(u.device)
+        self.vec = _vector(self.channels, self.states, [self.u, self.delta, *others], [self.B, self.C])
+
+    @property
+    def rows_read(self) -> bool:
+        """Whether every row of ``delta``, ``B`` and ``C`` is read by some step, so that its gradient is written."""
+        return self.num_steps == self.num_tokens and self.visits.complete
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
+        allocate = torch.zeros if zero else torch.empty
+        return allocate(shape, dtype=dtype, device=self.u.device)
+
+    def output(self, merge: bool) -> tuple[Tensor, bool]:
+        """Allocate a (B, L, D) or (B, L, K, D) result; True if it holds partial sums that are still to be merged."""
+        tokens = (self.batch, self.num_tokens)
+        if merge and (self.directions == 1 or self.visits.disjoint):
+            return self.empty(*tokens, self.channels, dtype=self.u.dtype, zero=not self.visits.covers), False
+        dtype = torch.float32 if merge else self.u.dtype
+        shape = (*tokens, self.directions, self.channels)
+        return self.empty(*shape, dtype=dtype, zero=not self.visits.complete), merge
+
+    def merged(self, partial: Tensor, z: Tensor | None = None) -> Tensor:
+        """Sum (B, L, K, D) over the directions, and multiply by silu(z)."""
+        y = self.empty(self.batch, self.num_tokens, self.channels, dtype=self.u.dtype)
+        z_b, z_l, _ = strides(z)
+        vec = 4 if self.channels % 4 == 0 else 1
+        rows = self.batch * self.num_tokens
+        arguments = Arguments(
+            (pointer(partial), pointer(z), pointer(y), rows, z_b),
+            (self.directions, self.channels, self.num_tokens, z_l),
+        )
+        blocks = -(-rows * self.channels // (vec * 256))
+        self._merge_kernel(f"merge_directions_{vec}", blocks, arguments)
+        return y
+
+    def projections(self, partial: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
+        """Sum the channel blocks' (B, K, tiles, L, 2N) to dB and dC, (B, L, K, N)."""
+        shape = (self.batch, self.num_tokens, self.directions, self.states)
+        dB, dC = (self.empty(*shape, dtype=self.u.dtype) for _ in range(2))
+        per_plane = -(-self.num_tokens * 2 * self.states // 256)
+        sizes = (self.directions, self.num_tokens, self.states, tiles, per_plane, 0)
+        arguments = Arguments(tuple(map(pointer, (partial, dB, dC))), sizes)
+        self._merge_kernel("reduce_projections", self.batch * self.directions * per_plane, arguments)
+        return dB, dC
+
+    def parameters(self, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum the chunks' (B chunks, K D (N + 2)) to dA, dD and dbias."""
+        rows, width = partial.shape
+        out = self.empty(width)
+        self._merge_kernel("reduce_rows", -(-width // 32), Arguments((pointer(partial), pointer(out), rows, width), ()))
+        shape = (self.directions, self.channels)
+        split = self.directions * self.channels
+        dA, dD, dbias = out.split([split * self.states, split, split])
+        return dA.view(*shape, self.states), dD.view(shape), dbias.view(shape)
+
+    def _merge_kernel(self, name: str, blocks: int, arguments: Arguments) -> None:
+        self.launcher.run("merge.cu", name, {"ACT": ACT[self.u.dtype]}, blocks, 256, arguments)
