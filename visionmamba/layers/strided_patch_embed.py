@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-from timm.layers import lecun_normal_, to_2tuple
-from timm.layers.trace_utils import _assert
+from timm.layers import lecun_normal_, register_notrace_function, to_2tuple
 
 __all__ = ["StridedPatchEmbed"]
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _check_size(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return ``x`` if its last two sizes are these."""
+    if x.shape[2] != height or x.shape[3] != width:
+        raise ValueError(f"x: expected images of {height} x {width}, got {x.shape[2]} x {x.shape[3]}")
+    return x
 
 
 class StridedPatchEmbed(nn.Module):
@@ -69,10 +77,6 @@ class StridedPatchEmbed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Embed images ``(B, in_chans, height, width)`` as ``(B, L, C)``."""
-        height, width = x.shape[2], x.shape[3]
         if self.strict_img_size:
-            _assert(
-                height == self.img_size[0] and width == self.img_size[1],
-                f"x: expected images of {self.img_size[0]}x{self.img_size[1]}, got {height}x{width}",
-            )
+            x = _check_size(x, self.img_size[0], self.img_size[1])
         return self.proj(x).flatten(2).transpose(1, 2)
