@@ -67,20 +67,22 @@ class ResidualBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.scale, self.rope = scale, rope
 
-    def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the mixer's output, without ``scale``, for the residual stream ``x``."""
-        return self.mixer(self.norm(x))
+    def step(self, x: torch.Tensor, table: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the residual stream after this block, and the mixer's output without ``scale``.
 
-    def add(self, x: torch.Tensor, h: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
-        """Add the mixer's output to the stream; ``table`` holds the rotation, see :func:`apply_rope`."""
-        h = self.drop_path(h)
+        Args:
+            x: Residual stream, ``(B, L, C)``.
+            table: Rotation, see :func:`visionmamba.layers.apply_rope`.
+        """
+        mixed = self.mixer(self.norm(x))
+        added = self.drop_path(mixed)
         if table is not None and self.rope == "mixer":
-            h = apply_rope(h, table)
-        x = torch.add(x, h, alpha=self.scale)
+            added = apply_rope(added, table)
+        x = torch.add(x, added, alpha=self.scale)
         if table is not None and self.rope == "stream":
             x = apply_rope(x, table)
-        return x
+        return x, mixed
 
     def forward(self, x: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
         """Transform the residual stream ``(B, L, C)``."""
-        return self.add(x, self.branch(x), table)
+        return self.step(x, table)[0]
