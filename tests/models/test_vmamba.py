@@ -33,7 +33,7 @@ def check_against(case: Golden, model: torch.nn.Module) -> None:
     case.check_gradients(model, official_state_dict)
     with torch.no_grad():
         _, features = model.forward_intermediates(case.input, output_fmt=case.info["feat_layout"])
-        stem = model.forward_stem(case.input)
+        stem = model.patch_embed(case.input)
     for i, feature in enumerate(features):
         case.check_feature(f"feat{i}", feature)
     case.check_feature("stem", stem if case.info["feat_layout"] == "NHWC" else stem.permute(0, 3, 1, 2))

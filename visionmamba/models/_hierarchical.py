@@ -3,8 +3,6 @@
 Maps are channels-last, ``(B, H, W, C)``, from the patch embedding to the pooling; a stage takes and returns such a map.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

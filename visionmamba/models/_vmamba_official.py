@@ -12,25 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.models.swin_transformer import PatchMerging
 
 from ..layers import SS2D, ConvDownsample, MultiHeadSSM
+from ..layers.grid_embed import resize_grid_embed
 
 if TYPE_CHECKING:
     from .vmamba import VMamba
 
-__all__ = ["checkpoint_filter_fn", "official_arguments", "official_state_dict", "resize_pos_embed"]
+__all__ = ["checkpoint_filter_fn", "official_arguments", "official_state_dict"]
 
 Tensors = dict[str, torch.Tensor]
-
-
-def resize_pos_embed(pos_embed: torch.Tensor, grid: list[int]) -> torch.Tensor:
-    """Resize a position embedding ``(1, H, W, C)`` bicubically, as the authors do when they load one."""
-    if pos_embed.shape[1] == grid[0] and pos_embed.shape[2] == grid[1]:
-        return pos_embed
-    resized = F.interpolate(pos_embed.permute(0, 3, 1, 2).float(), size=grid, mode="bicubic", align_corners=False)
-    return resized.permute(0, 2, 3, 1).to(pos_embed.dtype)
 
 
 _LEGACY_NAMES = (
@@ -122,7 +114,7 @@ def _our_names(model: VMamba) -> dict[str, str]:
 def _our_shape(key: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Bring an official parameter to our shape, where the two are the same thing."""
     if key == "pos_embed":
-        return resize_pos_embed(value.permute(0, 2, 3, 1), list(shape[1:3]))
+        return resize_grid_embed(value.permute(0, 2, 3, 1), list(shape[1:3]))
     if key.endswith(("ssm.A_log", "ssm.D")) and value.shape == (shape[0] * shape[1], *shape[2:]):
         return value.unflatten(0, shape[:2])
     if value.dim() == 4 and len(shape) == 2 and value.shape[2:] == (1, 1):
@@ -144,7 +136,7 @@ def checkpoint_filter_fn(state_dict: Tensors, model: VMamba) -> Tensors:
     if any(key.startswith("stages.") for key in state_dict):
         converted = dict(state_dict)
         if "pos_embed" in converted and "pos_embed" in expected:
-            converted["pos_embed"] = resize_pos_embed(converted["pos_embed"], list(expected["pos_embed"].shape[1:3]))
+            converted["pos_embed"] = resize_grid_embed(converted["pos_embed"], list(expected["pos_embed"].shape[1:3]))
         return converted
     names, converted = _our_names(model), {}
     for key, value in state_dict.items():

@@ -16,29 +16,25 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    ClassifierHead,
     DropPath,
     GluMlp,
     Mlp,
     PatchEmbed,
     calculate_drop_path_rates,
     get_act_layer,
-    get_device_dtype,
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
+from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 
 from ..layers import CROSS_SCAN, SS2D, ConvDownsample, ConvPatchEmbed
+from ..layers.grid_embed import resize_grid_embed
 from ._builder import build_model
-from ._vmamba_official import checkpoint_filter_fn, official_arguments, official_state_dict, resize_pos_embed
+from ._hierarchical import HierarchicalModel, LayerNorm, Stage, stage_dims
+from ._vmamba_official import checkpoint_filter_fn, official_arguments, official_state_dict
 
-__all__ = ["VMamba", "VMambaBlock", "VMambaStage", "checkpoint_filter_fn", "official_arguments", "official_state_dict"]
-
-LayerNorm = partial(nn.LayerNorm, eps=1e-5)
+__all__ = ["VMamba", "VMambaBlock", "checkpoint_filter_fn", "official_arguments", "official_state_dict"]
 
 
 class VMambaBlock(nn.Module):
@@ -93,30 +89,6 @@ class VMambaBlock(nn.Module):
         return x
 
 
-class VMambaStage(nn.Module):
-    """Blocks at one resolution, after the downsampling that leads to it.
-
-    Args:
-        downsample: Maps the previous stage's features to this stage's.
-        blocks: The blocks.
-    """
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Transform ``(B, H, W, C)``."""
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x
-
-
 _DOWNSAMPLE = {
     "merge": PatchMerging,
     "conv2": partial(ConvDownsample, kernel_size=2),
@@ -124,7 +96,7 @@ _DOWNSAMPLE = {
 }
 
 
-class VMamba(nn.Module):
+class VMamba(HierarchicalModel):
     """VMamba; defaults are those of ``vmamba_tiny_s1l8``.
 
     Args:
@@ -198,39 +170,13 @@ class VMamba(nn.Module):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
         for name, value, known in (
             ("patch_embed", patch_embed, ("conv", "patch")),
             ("downsample", downsample, _DOWNSAMPLE),
         ):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-        if len(dims) != len(depths):
-            raise ValueError(f"dims: expected one for each of the {len(depths)} stages, got {len(dims)}")
-        self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
-        self.output_fmt, self.patch_size = "NHWC", patch_size
-        self.num_features = self.head_hidden_size = dims[-1]
-
-        embed_norm = norm_layer if patch_norm else None
-        if patch_embed == "conv":
-            self.patch_embed = ConvPatchEmbed(patch_size, in_chans, dims[0], norm_layer=embed_norm, **dd)
-        else:
-            self.patch_embed = PatchEmbed(
-                None,
-                patch_size,
-                in_chans,
-                dims[0],
-                norm_layer=embed_norm,
-                output_fmt="NHWC",
-                strict_img_size=False,
-                **dd,
-            )
-        self.pos_embed = None
-        if pos_embed:
-            grid = [size // patch_size for size in to_2tuple(img_size)]
-            self.pos_embed = nn.Parameter(torch.empty(1, *grid, dims[0], **dd))
-
+        dims = stage_dims(dims, depths)
         mixer = dict(
             d_state=d_state, ssm_ratio=ssm_ratio, dt_rank=dt_rank, path=path, ssm=ssm, ssm_init=ssm_init, d_conv=d_conv,
             conv_bias=conv_bias, act_layer=get_act_layer(ssm_act_layer), gate=gate, out_norm=out_norm, out_act=out_act,
@@ -240,77 +186,35 @@ class VMamba(nn.Module):
             VMambaBlock, mixer=mixer, mlp_ratio=mlp_ratio, gated_mlp=gated_mlp,
             mlp_act_layer=get_act_layer(mlp_act_layer), proj_drop=proj_drop_rate, norm_layer=norm_layer, **dd,
         )  # fmt: skip
-        stages, self.feature_info = [], []
-        for i, (dim, rates) in enumerate(
-            zip(dims, calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True), strict=True)
-        ):
+        stages = []
+        rates_of_stages = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        for i, (dim, rates) in enumerate(zip(dims, rates_of_stages, strict=True)):
             down = _DOWNSAMPLE[downsample](dims[i - 1], dim, norm_layer=norm_layer, **dd) if i else nn.Identity()
-            stages.append(VMambaStage(down, [block(dim, drop_path=rate) for rate in rates]))
-            self.feature_info.append(dict(num_chs=dim, reduction=patch_size * 2**i, module=f"stages.{i}"))
-        self.stages = nn.Sequential(*stages)
-        self.norm = norm_layer(dims[-1], **dd)
-        self.head = ClassifierHead(
-            dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
+            stages.append(Stage(down, [block(dim, drop_path=rate) for rate in rates]))
+        embed_norm = norm_layer if patch_norm else None
+        if patch_embed == "conv":
+            stem = ConvPatchEmbed(patch_size, in_chans, dims[0], norm_layer=embed_norm, **dd)
+        else:
+            stem = PatchEmbed(
+                None, patch_size, in_chans, dims[0], norm_layer=embed_norm, output_fmt="NHWC", strict_img_size=False,
+                **dd,
+            )  # fmt: skip
+        super().__init__(
+            stem, stages, dims, patch_size, in_chans, num_classes, global_pool, drop_rate, norm_layer, **dd
         )
+        self.pos_embed = None
+        if pos_embed:
+            grid = [size // patch_size for size in to_2tuple(img_size)]
+            self.pos_embed = nn.Parameter(torch.empty(1, *grid, dims[0], **dd))
         if not self.norm.weight.is_meta:
             self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise as the authors do: linear layers truncated normal of 0.02, everything else by its own default.
-
-        Args:
-            needs_reset: Also reset what initialises itself when it is constructed (after a model was made on ``meta``).
-        """
-        for module in self.modules():
-            if needs_reset and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """Initialise as the authors do; see :meth:`HierarchicalModel.init_weights`."""
+        super().init_weights(needs_reset)
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Return the parameters that describe dynamics, not filters."""
-        leaves = ("pos_embed", "A_log", "D", "dt_proj_bias")
-        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in leaves}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Group parameters for layer-wise learning rates."""
-        return dict(
-            stem=r"^patch_embed|^pos_embed",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [(r"^stages\.(\d+).downsample", (0,)), (r"^stages\.(\d+)\.\w+\.(\d+)", None), (r"^norm", (99999,))],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier.
-
-        Args:
-            num_classes: Classes; 0 for no classifier.
-            global_pool: Pooling; unchanged if absent.
-        """
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features, **get_device_dtype(self))
-        self.head_hidden_size = self.head.num_features
-        if global_pool is not None:
-            self.global_pool = global_pool
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Make the model's own image size another one; a position embedding is resized.
@@ -322,92 +226,16 @@ class VMamba(nn.Module):
             return
         if self.pos_embed is not None:
             grid = [size // self.patch_size for size in to_2tuple(img_size)]
-            resized = resize_pos_embed(self.pos_embed.detach(), grid)
+            resized = resize_grid_embed(self.pos_embed.detach(), grid)
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
-        update_model_input_size(self, img_size)
+        super().set_input_size(img_size)
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
         """Embed images ``(B, in_chans, height, width)`` as ``(B, H, W, C)``."""
         x = self.patch_embed(x)
         if self.pos_embed is not None:
-            x = x + resize_pos_embed(self.pos_embed, [x.shape[1], x.shape[2]])
+            x = x + resize_grid_embed(self.pos_embed, [x.shape[1], x.shape[2]])
         return x
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the stages' outputs, as timm does.
-
-        Args:
-            x: Images.
-            indices: Last n stages if an int, these stages if a list, all if absent.
-            norm: Apply the final norm to the last stage's output.
-            stop_early: Do not compute stages after the last one asked for.
-            output_fmt: ``"NCHW"`` or ``"NHWC"``.
-            intermediates_only: Return the list alone.
-
-        Returns:
-            The list of features, or the final features ``(B, H, W, C)`` and the list.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt: expected NCHW or NHWC, got {output_fmt!r}")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        last = len(self.stages) - 1
-        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[: max_index + 1]
-        x = self.forward_stem(x)
-        intermediates, i = [], 0
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take_indices:
-                feature = self.norm(x) if norm and i == last else x
-                intermediates.append(feature.permute(0, 3, 1, 2) if output_fmt == "NCHW" else feature)
-        if intermediates_only:
-            return intermediates
-        if i == last:
-            x = self.norm(x)
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the wanted intermediates do not need.
-
-        Args:
-            indices: As for :meth:`forward_intermediates`.
-            prune_norm: Remove the final norm.
-            prune_head: Remove the classifier.
-
-        Returns:
-            The indices of the stages that are taken.
-        """
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        shortened = max_index < len(self.stages) - 1
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        self.stages = self.stages[: max_index + 1]
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the normalised last feature map, ``(B, H, W, C)``."""
-        return self.norm(self.stages(self.forward_stem(x)))
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Pool and classify ``(B, H, W, C)``."""
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Classify images ``(B, in_chans, height, width)``."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _cfg(url: str = "", top1: float | None = None, **kwargs: Any) -> dict[str, Any]:
