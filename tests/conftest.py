@@ -9,6 +9,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch and numba start their th
 import pytest
 import torch
 
+_TIMM_MARKERS = "base forward backward cfg cfg_nonstd torchscript features fxforward fxbackward"
+
+
+def pytest_configure(config):
+    for marker in _TIMM_MARKERS.split():
+        config.addinivalue_line("markers", f"{marker}: of timm's own suite")
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

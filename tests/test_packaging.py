@@ -120,7 +120,7 @@ def test_plain_checkout_finds_kernels(tmp_path):
 def test_editable_install_finds_kernels(source_tree, tmp_path):
     installed = tmp_path / "site"
     zipfile.ZipFile(_build("build_editable", source_tree, tmp_path / "out")).extractall(installed)
-    found = _kernel_folders(f"import site; site.addsitedir({str(installed)!r})\n{_FIND}", tmp_path)
+    found = _kernel_folders(f"import site; site.addsitedir({str(installed)!r})\n{_FIND}", tmp_path, installed)
     assert found == [source_tree / "kernels" / kind for kind in ("cpu", "cuda", "triton")]
 
 

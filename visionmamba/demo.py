@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.optim import create_optimizer_v2
 
 from .data import DIGIT_NAMES, Digits, load_digits, render_digits
-from .inference import CFG_METADATA_KEY
+from .inference import CFG_METADATA_KEY, input_size
 
-__all__ = ["DemoConfig", "Trainer", "accuracy", "classify", "draw_predictions", "input_size", "save_checkpoint"]
+__all__ = ["DemoConfig", "Trainer", "accuracy", "classify", "draw_predictions", "save_checkpoint"]
 
 _TILE = 64  # pixels a side of one digit in the picture
 _CAPTION = 18
@@ -50,11 +50,6 @@ class DemoConfig:
 
 def _default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def input_size(model: nn.Module) -> tuple[int, ...]:
-    """Return the size of a model's input with one channel: (1, H, W), or (1, T, H, W) of a video model."""
-    return (1, *model.pretrained_cfg["input_size"][1:])
 
 
 class Trainer:
@@ -161,10 +156,9 @@ def save_checkpoint(model: nn.Module, name: str, path: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    size = input_size(model)
     overlay = {
         "num_classes": len(DIGIT_NAMES),
-        "input_size": size,
+        "input_size": (model.in_chans, *model.pretrained_cfg["input_size"][1:]),
         "mean": (0.5,),
         "std": (0.5,),
         "crop_pct": 1.0,

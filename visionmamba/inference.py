@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from PIL import Image, ImageSequence
 
-__all__ = ["CFG_METADATA_KEY", "class_names", "create_classifier", "create_reader"]
+__all__ = ["CFG_METADATA_KEY", "class_names", "create_classifier", "create_reader", "input_size"]
 
 CFG_METADATA_KEY = "pretrained_cfg"
 """Entry of a safetensors file's metadata: JSON of the part of timm's pretrained cfg in which a checkpoint differs."""
@@ -65,6 +65,17 @@ def create_classifier(
     return model.to(device=device).eval()
 
 
+def input_size(model: nn.Module) -> tuple[int, ...]:
+    """Return the size of a model's input: (C, H, W) for images, (C, T, H, W) for clips.
+
+    Args:
+        model: A timm model; one that takes clips has a ``num_frames``.
+    """
+    _, height, width = model.pretrained_cfg["input_size"]
+    frames = getattr(model, "num_frames", None)
+    return (model.in_chans, *(() if frames is None else (frames,)), height, width)
+
+
 def create_reader(model: nn.Module) -> Callable[[str | os.PathLike], torch.Tensor]:
     """Return the function that turns an image file into a model's input.
 
@@ -76,9 +87,8 @@ def create_reader(model: nn.Module) -> Callable[[str | os.PathLike], torch.Tenso
         Path to ``(1, C, H, W)`` or ``(1, C, T, H, W)`` float32 on the CPU. It raises what Pillow raises for a file that
         is not a readable image.
     """
-    cfg = dict(model.pretrained_cfg)
-    channels, *frames, height, width = cfg["input_size"]
-    cfg = timm.data.resolve_data_config(pretrained_cfg={**cfg, "input_size": (channels, height, width)})
+    channels, *frames, _height, _width = input_size(model)
+    cfg = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     transform = timm.data.create_transform(**cfg, is_training=False)
     mode = "L" if channels == 1 else "RGB"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from ._common import CommandError
+from ._common import CommandError, one_line
 
 __all__ = ["CommandError", "commands", "main"]
 
@@ -82,6 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _app(arguments)(arguments, prog_name="visionmamba")
-    except CommandError as error:
-        typer.echo(f"error: {error}", err=True)
+    except (CommandError, OSError) as error:
+        typer.echo(f"error: {one_line(error)}", err=True)
         sys.exit(1)

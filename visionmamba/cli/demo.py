@@ -24,19 +24,18 @@ def _train(trainer: Trainer, checkpoint: Path) -> None:
 
     config = trainer.config
     saved = "nothing was saved"
-    with progress() as bar:
-        task = bar.add_task(f"training {config.model}", total=config.epochs * trainer.steps_per_epoch)
-        try:
+    try:
+        with progress() as bar:
+            task = bar.add_task(f"training {config.model}", total=config.epochs * trainer.steps_per_epoch)
             for epoch in range(1, config.epochs + 1):
                 loss = trainer.epoch(lambda: bar.advance(task))
                 accuracy = trainer.accuracy()
                 save_checkpoint(trainer.model, config.model, checkpoint)
                 saved = f"{checkpoint} holds the weights after epoch {epoch} of {config.epochs} ({accuracy:.1%} right)"
                 bar.update(task, description=f"training {config.model}: loss {loss:.3f}, {accuracy:.1%} right")
-        except KeyboardInterrupt:
-            bar.stop()
-            typer.echo(f"interrupted: {saved}", err=True)
-            raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {saved}", err=True)
+        raise typer.Exit(130) from None
 
 
 def _run(config: DemoConfig, out: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -92,7 +93,10 @@ def _fitting_models(checkpoint: Tensors) -> list[str]:
     fitting = []
     for name in timm.list_models(module=family_modules()):
         try:
-            timm.create_model(name, device="meta", pretrained=True, pretrained_cfg_overlay={"state_dict": checkpoint})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that nothing is copied to the meta device is the point
+                overlay = {"state_dict": checkpoint}
+                timm.create_model(name, device="meta", pretrained=True, pretrained_cfg_overlay=overlay)
             fitting.append(name)
         except Exception as error:
             _logger.debug("%s does not fit: %s", name, error)
