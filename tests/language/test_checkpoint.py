@@ -145,7 +145,7 @@ def test_missing_files(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"ssm_cfg": {"layer": "Mamba9"}}, "expected layer 'Mamba1' or 'Mamba2', got 'Mamba9'"),
+        ({"ssm_cfg": {"layer": "Mamba9"}}, "expected layer 'Mamba1', 'Mamba2' or 'S4D', got 'Mamba9'"),
         ({"n_layer": 2, "attn_layer_idx": [2]}, "attn_layer_idx: expected indices below 2"),
         ({"d_mode": 3}, "unknown fields d_mode"),
         ({"model_type": "gpt2"}, "expected model_type 'mamba' or 'mamba2', got 'gpt2'"),

@@ -31,7 +31,7 @@ class Source:
         self.name = str(name)
         self.folder = Path(name) if Path(name).is_dir() else None
 
-    def _path(self, file: str) -> Path | None:
+    def path(self, file: str) -> Path | None:
         """Return where a file is, after downloading it if need be; None if there is none."""
         if self.folder is not None:
             path = self.folder / file
@@ -52,7 +52,7 @@ class Source:
         Raises:
             FileNotFoundError: There is none.
         """
-        path = self._path(_CONFIG)
+        path = self.path(_CONFIG)
         if path is None:
             raise FileNotFoundError(f"{self.name}: no {_CONFIG}")
         return json.loads(path.read_text(encoding="utf-8"))
@@ -64,17 +64,17 @@ class Source:
             FileNotFoundError: There are none.
         """
         for file in _WEIGHTS:
-            path = self._path(file)
+            path = self.path(file)
             if path is not None:
                 return _read(path)
-            index = self._path(f"{file}.index.json")
+            index = self.path(f"{file}.index.json")
             if index is not None:
                 shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
                 return {key: tensor for shard in shards for key, tensor in self._shard(shard).items()}
         raise FileNotFoundError(f"{self.name}: neither {' nor '.join(_WEIGHTS)} (or their shards)")
 
     def _shard(self, file: str) -> dict[str, Tensor]:
-        path = self._path(file)
+        path = self.path(file)
         if path is None:
             raise FileNotFoundError(f"{self.name}: no {file}, which the index names")
         return _read(path)

@@ -21,7 +21,7 @@ class MambaConfig:
         d_intermediate: Width of the gated MLP after each mixer; 0 for none.
         n_layer: Layers.
         vocab_size: Size of the vocabulary, before padding.
-        ssm_cfg: ``layer`` (``"Mamba1"`` or ``"Mamba2"``) and that block's arguments.
+        ssm_cfg: ``layer`` (``"Mamba1"``, ``"Mamba2"``, or ``"S4D"`` for comparisons) and that block's arguments.
         attn_layer_idx: Layers that are attention instead.
         attn_cfg: Their arguments.
         rms_norm: RMSNorm instead of LayerNorm.
@@ -48,14 +48,14 @@ class MambaConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        if self.layer not in ("Mamba1", "Mamba2"):
-            raise ValueError(f"ssm_cfg: expected layer 'Mamba1' or 'Mamba2', got {self.layer!r}")
+        if self.layer not in ("Mamba1", "Mamba2", "S4D"):
+            raise ValueError(f"ssm_cfg: expected layer 'Mamba1', 'Mamba2' or 'S4D', got {self.layer!r}")
         if any(not 0 <= index < self.n_layer for index in self.attn_layer_idx):
             raise ValueError(f"attn_layer_idx: expected indices below {self.n_layer}, got {self.attn_layer_idx}")
 
     @property
     def layer(self) -> str:
-        """``"Mamba1"`` or ``"Mamba2"``."""
+        """``"Mamba1"``, ``"Mamba2"`` or ``"S4D"``."""
         return self.ssm_cfg.get("layer", "Mamba1")
 
     @property
@@ -129,6 +129,8 @@ class MambaConfig:
         Raises:
             ValueError: Hugging Face's Mamba classes have no such model (hybrids, LayerNorm, ``d_ssm``, ``D_has_hdim``).
         """
+        if self.layer == "S4D":
+            raise ValueError("config: Hugging Face has no S4D")
         cfg = dict(self.ssm_cfg)
         kind = "mamba" if self.layer == "Mamba1" else "mamba2"
         unsupported = [name for name in ("d_ssm", "D_has_hdim", "norm_before_gate") if cfg.get(name)]

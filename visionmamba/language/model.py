@@ -20,8 +20,11 @@ from .inference import InferenceParams
 from .mamba import Mamba
 from .mamba2 import Mamba2
 from .norms import LayerNorm, RMSNorm, add_norm
+from .state_space import S4DMixer
 
 __all__ = ["Block", "CausalLMOutput", "MambaLMHeadModel", "MixerModel"]
+
+_MIXERS = {"Mamba1": Mamba, "Mamba2": Mamba2, "S4D": S4DMixer}
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 
@@ -88,7 +91,7 @@ def _create_block(config: MambaConfig, layer_idx: int, dd: dict[str, Any]) -> Bl
     if layer_idx in config.attn_layer_idx:
         mixer = partial(MHA, layer_idx=layer_idx, **config.attn_cfg, **dd)
     else:
-        mixer = partial(Mamba if config.layer == "Mamba1" else Mamba2, layer_idx=layer_idx, **ssm_cfg, **dd)
+        mixer = partial(_MIXERS[config.layer], layer_idx=layer_idx, **ssm_cfg, **dd)
     mlp = nn.Identity
     if config.d_intermediate:
         mlp = partial(GatedMLP, hidden_features=config.d_intermediate, out_features=config.d_model, **dd)
