@@ -9,6 +9,7 @@ from .class_token import (
     take_class_token,
 )
 from .feature_pyramid import SimpleFeaturePyramid
+from .local_scan import LOCAL_DIRECTIONS, LocalScan
 from .output_norms import OutputNorms
 from .patch import ChannelsLastConv2d, ConvDownsample, ConvPatchEmbed, DepthwiseConv2d
 from .pos_embed import resize_pos_embed_aligned, resize_pos_embed_official
@@ -21,6 +22,7 @@ from .strided_patch_embed import StridedPatchEmbed
 __all__ = [
     "CLASS_TOKEN_POSITIONS",
     "CROSS_SCAN",
+    "LOCAL_DIRECTIONS",
     "OUT_NORMS",
     "SS2D",
     "STREAM_NORMS",
@@ -30,6 +32,7 @@ __all__ = [
     "ConvDownsample",
     "ConvPatchEmbed",
     "DepthwiseConv2d",
+    "LocalScan",
     "MultiHeadSSM",
     "OutputNorms",
     "ResidualBlock",

@@ -1,7 +1,5 @@
 """Channel attention that several branches share (EfficientVMamba's SE, LocalMamba's attention over directions)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -29,8 +27,11 @@ class ChannelAttention(nn.Module):
         self.reduce = nn.Linear(dim, hidden, **dd)
         self.expand = nn.Linear(hidden, dim, **dd)
 
+    def gate(self, x: torch.Tensor, dims: list[int]) -> torch.Tensor:
+        """Return the weights of ``(B, ..., C)`` from its mean over ``dims``, which are kept with size 1."""
+        pooled = self.norm(x).mean(dims, keepdim=True)
+        return torch.sigmoid(self.expand(F.gelu(self.reduce(pooled))))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Weigh ``(B, ..., C)``; the mean is over everything between."""
-        pooled = self.norm(x).flatten(1, -2).mean(1)
-        gate = torch.sigmoid(self.expand(F.gelu(self.reduce(pooled))))
-        return x * gate.view([gate.shape[0]] + [1] * (x.dim() - 2) + [gate.shape[1]])
+        """Weigh maps ``(B, H, W, C)``."""
+        return x * self.gate(x, [1, 2])

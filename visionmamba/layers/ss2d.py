@@ -206,18 +206,19 @@ class SS2D(nn.Module):
         self.conv = DepthwiseConv2d(d_inner, d_conv, bias=conv_bias, **dd) if d_conv > 1 else nn.Identity()
         self.act = act_layer()
         self.gate_act = act_layer() if gate == "act" else nn.Identity()
-        if ssm == "selective":
-            self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, path, **dd)
-        elif ssm == "cascade":
-            self.ssm = CascadeSSM(d_inner, d_state, dt_rank, **dd)
-        else:
-            self.ssm = MultiHeadSSM(d_inner, d_state, dt_rank, path, **dd)
+        self.ssm = self.create_ssm(ssm, d_inner, d_state, dt_rank, path, **dd)
         self.out_norm = OUT_NORMS[out_norm](d_inner, norm_layer, **dd)
         self.out_act = nn.GELU() if out_act else nn.Identity()
         self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
         self.drop = nn.Dropout(drop)
         if not self.in_proj.weight.is_meta:
             self.reset_parameters()
+
+    def create_ssm(self, ssm: str, d_inner: int, d_state: int, dt_rank: int, path: str, **dd) -> nn.Module:
+        """Return the state space model; families with their own override this."""
+        if ssm == "cascade":
+            return CascadeSSM(d_inner, d_state, dt_rank, **dd)
+        return (MultiHeadSSM if ssm == "multi_head" else SelectiveSSM)(d_inner, d_state, dt_rank, path, **dd)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

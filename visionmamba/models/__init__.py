@@ -1,13 +1,16 @@
 """The families, one file each; importing this package registers their models with timm."""
 
-from . import mamba_nd, plainmamba, vim, vmamba
+from . import efficient_vmamba, local_vmamba, mamba_nd, mamba_nd_btcv, plainmamba, vim, vmamba
 
 FAMILIES: tuple[str, ...] = (
+    "efficient_vmamba",
+    "local_vmamba",
     "mamba_nd",
+    "mamba_nd_btcv",
     "plainmamba",
     "vim",
     "vmamba",
 )
 """Names of the modules that register models."""
 
-__all__ = ["FAMILIES", "mamba_nd", "plainmamba", "vim", "vmamba"]
+__all__ = ["FAMILIES", "efficient_vmamba", "local_vmamba", "mamba_nd", "mamba_nd_btcv", "plainmamba", "vim", "vmamba"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn as nn
 
 from ..layers.grid_embed import resize_grid_embed
 from ._checkpoint import CheckpointError
 
-__all__ = ["embed_to_grid", "rename", "stack_directions", "unstack_directions"]
+__all__ = ["embed_to_grid", "from_official", "rename", "stack_directions", "unstack_directions"]
 
 _STACKED = {
     "conv1d.weight": "ssm.conv_weight",
@@ -22,6 +24,37 @@ _STACKED = {
 }
 _UNSTACKED = {ours: official for official, ours in _STACKED.items()}
 _MIXER = "mixer."
+
+
+def from_official(
+    state_dict: Mapping[str, torch.Tensor],
+    model: nn.Module,
+    official_state_dict: Callable[[Mapping[str, torch.Tensor], nn.Module], Mapping[str, torch.Tensor]],
+    classifier: str,
+    official_classifier: str,
+) -> dict[str, torch.Tensor]:
+    """Convert an official state dict, for families whose layouts differ only by name and by folded axes.
+
+    Args:
+        state_dict: The authors'.
+        model: The model it is for.
+        official_state_dict: The family's conversion of ours to theirs; it is inverted.
+        classifier: Our classifier's name; a model without one still recognises a checkpoint's.
+        official_classifier: The authors' name of it.
+
+    Returns:
+        Our names and shapes; what is not known is passed on as it is.
+    """
+    ours = model.state_dict()
+    official = official_state_dict(ours, model)
+    names = dict(zip(official, ours, strict=True))
+    names.update({f"{official_classifier}.{leaf}": f"{classifier}.{leaf}" for leaf in ("weight", "bias")})
+    converted = {}
+    for key, value in state_dict.items():
+        name = names.get(key, key)
+        folded = name in ours and value.shape == official[key].shape
+        converted[name] = value.reshape(ours[name].shape) if folded else value
+    return converted
 
 
 def rename(name: str, pairs: list[tuple[str, str]], inverse: bool = False) -> str:

@@ -26,6 +26,7 @@ from timm.models.swin_transformer import PatchMerging
 from ..layers import SS2D, ChannelAttention, ChannelsLastConv2d, DepthwiseConv2d
 from ._builder import build_model
 from ._hierarchical import HierarchicalModel, LayerNorm, Stage, stage_dims
+from ._layout import from_official
 
 __all__ = ["EfficientVMamba", "EfficientVMambaBlock", "checkpoint_filter_fn", "official_state_dict"]
 
@@ -269,15 +270,7 @@ def checkpoint_filter_fn(state_dict: Tensors, model: EfficientVMamba) -> Tensors
     """
     if any(key.startswith("stages.") for key in state_dict):
         return state_dict
-    names = {_official_name(name, model): name for name in model.state_dict()}
-    names.update({f"classifier.head.{leaf}": f"head.fc.{leaf}" for leaf in ("weight", "bias")})
-    converted = {}
-    for key, value in state_dict.items():
-        name = names.get(key, key)
-        if name.endswith(("ssm.A_log", "ssm.D")):
-            value = value.unflatten(0, (4, -1))
-        converted[name] = value
-    return converted
+    return from_official(state_dict, model, official_state_dict, "head.fc", "classifier.head")
 
 
 def _cfg(hf_hub_id: str | None = None, top1: float | None = None, **kwargs: Any) -> dict[str, Any]:
