@@ -9,7 +9,7 @@ from _compare import assert_same_training_step, assert_within_rounding, largest_
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionmamba.ops import backend, path_scan_reference, scan_path, selective_scan
-from visionmamba.ops.selective_scan import flops
+from visionmamba.ops.selective_scan import flops, pytorch
 
 OPERATOR = "selective_scan"
 CROSS = "h,v,h_flip,v_flip"
@@ -72,9 +72,9 @@ class Case:
         shapes |= {"initial_state": (B, K, D, N)} if self.initial else {}
         tensors |= {name: torch.randn(s, generator=generator).to(parameter_dtype) for name, s in shapes.items()}
         tensors["A"] = -torch.exp(tensors["A"])
-        if not self.softplus:
+        if not self.softplus:  # positive step sizes: with negative ones states grow, and so does any rounding
             tensors["delta"] = 0.1 * tensors["delta"].abs()
-            tensors |= {"delta_bias": 0.1 * tensors["delta_bias"].abs()} if self.bias else {}
+            tensors |= {name: 0.1 * tensors[name].abs() for name in ("delta_bias", "dt_weight") if name in tensors}
         return {name: tensor.to(device).requires_grad_() for name, tensor in tensors.items()}
 
     def arguments(self, leaves):
@@ -266,6 +266,17 @@ class TestAgainstReference:
             parts.append(y)
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(state, last_state, rtol=1e-5, atol=1e-6)
+
+
+class TestBlocksOfSteps:
+    """The PyTorch fallback walks long paths in blocks of steps, which hand their states on."""
+
+    @pytest.mark.parametrize("elements", [1, 300, 1000])
+    @pytest.mark.parametrize("name", ["cross_63_n16", "step_order", "unequal_lengths", "states_in_and_out"])
+    def test_blocks_of_any_length(self, name, elements, monkeypatch):
+        monkeypatch.setattr(pytorch, "_BLOCK_ELEMENTS", elements)
+        with backend("torch"):
+            check(CASES[name], "cpu")
 
 
 class TestExtremes:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._autocast import autocast_activations
 from .._checks import check_dtype, check_same_device, check_shape
 from .._tracing import traceable_overload
 from ..backend import select
@@ -116,8 +115,6 @@ def _backward(ctx, dout, dfinal_states):
 _causal_conv1d.register_autograd(_backward, setup_context=_setup_context)
 
 
-autocast_activations("causal_conv1d")
-autocast_activations("causal_conv1d_backward")
 _traced = traceable_overload("causal_conv1d", _SCHEMA_ARGUMENTS)
 
 
