@@ -129,7 +129,9 @@ def test_packed_sequences_do_not_leak(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, device):
+def test_half_precision(dtype, device, backend_name):
+    if backend_name == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
     tensors = _inputs(length=49, directions=4, head_dim=16, device=device)
     for name in ("x", "dt", "B", "C"):
         tensors[name] = tensors[name].detach().to(dtype).requires_grad_()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -186,7 +185,7 @@ def ssd_scan(
     initial_states: Tensor | None = None,
     seq_idx: Tensor | None = None,
     path: str = "h",
-    grid: Sequence[int] | None = None,
+    grid: list[int] | None = None,
     dt_softplus: bool = True,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     merge: bool = True,

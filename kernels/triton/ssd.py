@@ -1,0 +1,336 @@
+"""SSD (the scan of Mamba-2) along scan paths, in Triton: matrix units inside chunks of steps, states between them.
+
+Layouts as in ``visionmamba.ops.ssd_scan``; a *row* is one (batch, direction, head), a *chunk* is Q steps of the path.
+With Delta the step sizes and s the running sum of Delta A within a chunk (Dao & Gu 2024, section 6)::
+
+    y = (C B^T * exp(s_i - s_j) * Delta_j) x + exp(s) C h^T          i >= j
+    h <- exp(s_Q) h + (exp(s_Q - s) Delta x)^T B
+
+``ssd_forward`` keeps h (P x N) in registers and walks the chunks of a row: one launch, and nothing but inputs and
+outputs touches memory. Where there are too few rows, the path is cut into segments: ``ssd_states`` computes what each
+adds to the state, ``ssd_pass`` hands states on, and the segments then run in parallel.
+
+Backward: ``ssd_states`` and ``ssd_pass`` give the state before each chunk and, run in reverse on dy and C, the gradient
+of the state after it. With these every chunk is on its own (``ssd_gradients``). A program loops over heads of a group
+and sums dB and dC in registers; nothing is accumulated with atomics, so results do not depend on the run.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["ssd_forward", "ssd_gradients", "ssd_pass", "ssd_states"]
+
+
+@triton.jit
+def _log1p_exp(x):
+    """log(1 + exp(x)) to full precision also where exp(x) is tiny."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e
+    exact = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.where(x > 20.0, x, exact)
+
+
+@triton.jit
+def _tokens(order_ptr, rows, steps):
+    """Tokens that a direction visits at the given steps, and whether there are any."""
+    token = tl.load(order_ptr + rows, mask=rows < steps, other=-1)
+    return tl.maximum(token, 0).to(tl.int64), token >= 0
+
+
+@triton.jit
+def _step_sizes(dt_ptr, stride, token, valid, bias, dt_min, dt_max, SOFTPLUS: tl.constexpr):
+    """Delta (0 where there is no token), dt + bias, and the derivative of the clamp."""
+    pre = tl.load(dt_ptr + token * stride, mask=valid, other=0.0).to(tl.float32) + bias
+    raw = pre
+    if SOFTPLUS:
+        raw = _log1p_exp(pre)
+    free = valid & (raw >= dt_min) & (raw <= dt_max)
+    step = tl.where(valid, tl.minimum(tl.maximum(raw, dt_min), dt_max), 0.0)
+    return step, pre, free
+
+
+@triton.jit
+def _rows_of(ptr, token, stride, columns, valid, width):
+    """Rows of a matrix whose columns are contiguous, 0 outside."""
+    mask = valid[:, None] & (columns < width)[None, :]
+    return tl.load(ptr + token[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _decays(log_decay, segment_ptr, rows, start, steps, Q: tl.constexpr, PACKED: tl.constexpr):
+    """Decays into, out of and through a chunk, the running log-decay, and the sequence of each step."""
+    total = tl.cumsum(log_decay, axis=0)
+    entry = tl.exp(total)
+    leaving = tl.exp(tl.cumsum(log_decay, axis=0, reverse=True) - log_decay)
+    through = tl.exp(tl.sum(log_decay, axis=0))
+    sequence = tl.zeros([Q], tl.int32)
+    if PACKED:
+        sequence = tl.load(segment_ptr + tl.minimum(rows, steps - 1))
+        before = tl.load(segment_ptr + tl.maximum(tl.minimum(start, steps) - 1, 0))
+        before = tl.where(start > 0, before, 0)
+        last = tl.load(segment_ptr + tl.minimum(start + Q, steps) - 1)
+        entry = tl.where(sequence == before, entry, 0.0)
+        leaving = tl.where(sequence == last, leaving, 0.0)
+        through = tl.where(last == before, through, 0.0)
+    return total, entry, leaving, through, sequence
+
+
+@triton.jit
+def _decay_matrix(total, sequence, Q: tl.constexpr, PACKED: tl.constexpr):
+    """exp(s_i - s_j) for i >= j within a sequence, else 0."""
+    offsets = tl.arange(0, Q)
+    seen = offsets[:, None] >= offsets[None, :]
+    if PACKED:
+        seen = seen & (sequence[:, None] == sequence[None, :])
+    return tl.exp(tl.where(seen, total[:, None] - total[None, :], float("-inf")))
+
+
+@triton.jit
+def ssd_forward(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, order_ptr, segment_ptr, before_ptr, y_ptr, final_ptr,
+    steps, directions, heads, heads_per_group, chunks_per_segment, segments,
+    x_b, x_l, x_k, x_h, dt_b, dt_l, dt_k, dt_h, B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, z_b, z_l, z_k, z_h,
+    y_b, y_l, y_k, y_h, dt_min, dt_max,
+    P, N, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr,
+    BIAS: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs and last state of one segment of a row, BLOCK_P channels. SKIP: 0 none, 1 D (K, H), 2 D (K, H, P)."""
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    b = (row // (directions * heads)).to(tl.int64)
+    kh = row % (directions * heads)
+    k = kh // heads
+    h = kh % heads
+    g = h // heads_per_group
+    q, p, n = tl.arange(0, Q), tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    x_ptr += b * x_b + k * x_k + h * x_h
+    dt_ptr += b * dt_b + k * dt_k + h * dt_h
+    B_ptr += b * B_b + k * B_k + g * B_g
+    C_ptr += b * C_b + k * C_k + g * C_g
+    y_ptr += b * y_b + k * y_k + h * y_h
+    order_ptr += k * steps
+    segment_ptr += (b * directions + k) * steps
+    A = tl.load(A_ptr + kh)
+    bias = 0.0
+    if BIAS:
+        bias = tl.load(bias_ptr + kh)
+    state_mask = (p < P)[:, None] & (n < N)[None, :]
+    state_offsets = p[:, None] * N + n[None, :]
+    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    if STATE:
+        state_base = (row.to(tl.int64) * segments + part) * P * N
+        state = tl.load(before_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
+    for c in range(0, chunks_per_segment):
+        start = (part * chunks_per_segment + c) * Q
+        rows = start + q
+        token, valid = _tokens(order_ptr, rows, steps)
+        step, _pre, _free = _step_sizes(dt_ptr, dt_l, token, valid, bias, dt_min, dt_max, SOFTPLUS)
+        total, entry, leaving, through, sequence = _decays(step * A, segment_ptr, rows, start, steps, Q, PACKED)
+        x = _rows_of(x_ptr, token, x_l, p, valid, P)
+        B = _rows_of(B_ptr, token, B_l, n, valid, N)
+        C = _rows_of(C_ptr, token, C_l, n, valid, N)
+        scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
+        weights = scores * _decay_matrix(total, sequence, Q, PACKED) * step[None, :]
+        y = tl.dot(weights.to(x.dtype), x, input_precision=PRECISION)
+        y += entry[:, None] * tl.dot(C, tl.trans(state).to(C.dtype), input_precision=PRECISION)
+        weighted = x.to(tl.float32) * (leaving * step)[:, None]
+        state = through * state + tl.dot(tl.trans(weighted).to(B.dtype), B, input_precision=PRECISION)
+        if SKIP == 1:
+            y += tl.load(D_ptr + kh) * x.to(tl.float32)
+        if SKIP == 2:
+            y += tl.load(D_ptr + kh * P + p, mask=p < P, other=0.0)[None, :] * x.to(tl.float32)
+        if GATE:
+            z = _rows_of(z_ptr + b * z_b + k * z_k + h * z_h, token, z_l, p, valid, P).to(tl.float32)
+            y *= z / (1.0 + tl.exp(-z))
+        tl.store(
+            y_ptr + token[:, None] * y_l + p[None, :], y.to(y_ptr.dtype.element_ty),
+            mask=valid[:, None] & (p < P)[None, :],
+        )  # fmt: skip
+    if part == segments - 1:
+        tl.store(final_ptr + row.to(tl.int64) * P * N + state_offsets, state, mask=state_mask)
+
+
+@triton.jit
+def ssd_states(
+    value_ptr, dt_ptr, A_ptr, key_ptr, bias_ptr, order_ptr, segment_ptr, state_ptr, through_ptr,
+    steps, directions, heads, heads_per_group, chunks_per_segment, segments,
+    v_b, v_l, v_k, v_h, dt_b, dt_l, dt_k, dt_h, key_b, key_l, key_k, key_g, dt_min, dt_max,
+    P, N, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one segment of a row adds to the state after it, and its decay.
+
+    In REVERSE the value is dy and the key C: what the segment adds to the gradient of the state before it.
+    """
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    b = (row // (directions * heads)).to(tl.int64)
+    kh = row % (directions * heads)
+    k = kh // heads
+    h = kh % heads
+    q, p, n = tl.arange(0, Q), tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    value_ptr += b * v_b + k * v_k + h * v_h
+    dt_ptr += b * dt_b + k * dt_k + h * dt_h
+    key_ptr += b * key_b + k * key_k + (h // heads_per_group) * key_g
+    order_ptr += k * steps
+    segment_ptr += (b * directions + k) * steps
+    A = tl.load(A_ptr + kh)
+    bias = 0.0
+    if BIAS:
+        bias = tl.load(bias_ptr + kh)
+    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    decay = 1.0
+    for c in range(0, chunks_per_segment):
+        chunk = part * chunks_per_segment + c
+        if REVERSE:
+            chunk = part * chunks_per_segment + chunks_per_segment - 1 - c
+        start = chunk * Q
+        rows = start + q
+        token, valid = _tokens(order_ptr, rows, steps)
+        step, _pre, _free = _step_sizes(dt_ptr, dt_l, token, valid, bias, dt_min, dt_max, SOFTPLUS)
+        _total, entry, leaving, through, _sequence = _decays(step * A, segment_ptr, rows, start, steps, Q, PACKED)
+        weight = leaving * step
+        if REVERSE:
+            weight = entry
+        value = _rows_of(value_ptr, token, v_l, p, valid, P).to(tl.float32) * weight[:, None]
+        key = _rows_of(key_ptr, token, key_l, n, valid, N)
+        state = through * state + tl.dot(tl.trans(value).to(key.dtype), key, input_precision=PRECISION)
+        decay *= through
+    base = row.to(tl.int64) * segments + part
+    mask = (p < P)[:, None] & (n < N)[None, :]
+    tl.store(state_ptr + base * P * N + p[:, None] * N + n[None, :], state, mask=mask)
+    if tl.program_id(2) == 0:
+        tl.store(through_ptr + base, decay)
+
+
+@triton.jit
+def ssd_pass(
+    state_ptr, through_ptr, first_ptr, last_ptr, segments, size,
+    BLOCK: tl.constexpr, FIRST: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Replace each segment's contribution by the state that enters it; write what leaves the last one.
+
+    In REVERSE gradients enter from the segments' ends.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    state = tl.zeros([BLOCK], tl.float32)
+    if FIRST:
+        state = tl.load(first_ptr + row * size + offsets, mask=mask, other=0.0)
+    for c in range(0, segments):
+        part = c
+        if REVERSE:
+            part = segments - 1 - c
+        place = state_ptr + (row * segments + part) * size + offsets
+        added = tl.load(place, mask=mask, other=0.0)
+        tl.store(place, state, mask=mask)
+        state = tl.load(through_ptr + row * segments + part) * state + added
+    tl.store(last_ptr + row * size + offsets, state, mask=mask)
+
+
+@triton.jit
+def ssd_gradients(
+    dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, order_ptr, segment_ptr, before_ptr, after_ptr,
+    dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr,
+    steps, num_tokens, directions, heads, groups, heads_per_group, heads_per_program, splits, chunks,
+    dy_b, dy_l, dy_k, dy_h, x_b, x_l, x_k, x_h, dt_b, dt_l, dt_k, dt_h, B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g,
+    dt_min, dt_max,
+    P, N, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SKIP: tl.constexpr, BIAS: tl.constexpr,
+    PACKED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one chunk for some heads of a group, given the state before it and the gradient of that after it."""
+    program = tl.program_id(0)
+    chunk = tl.program_id(1)
+    split = program % splits
+    g = (program // splits) % groups
+    k = (program // (splits * groups)) % directions
+    b = (program // (splits * groups * directions)).to(tl.int64)
+    q, p, n = tl.arange(0, Q), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    start = chunk * Q
+    rows = start + q
+    order_ptr += k * steps
+    segment_ptr += (b * directions + k) * steps
+    token, valid = _tokens(order_ptr, rows, steps)
+    B = _rows_of(B_ptr + b * B_b + k * B_k + g * B_g, token, B_l, n, valid, N)
+    C = _rows_of(C_ptr + b * C_b + k * C_k + g * C_g, token, C_l, n, valid, N)
+    scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
+    dscores = tl.zeros([Q, Q], tl.float32)
+    dB = tl.zeros([Q, BLOCK_N], tl.float32)
+    dC = tl.zeros([Q, BLOCK_N], tl.float32)
+    state_mask = (p < P)[:, None] & (n < N)[None, :]
+    state_offsets = p[:, None] * N + n[None, :]
+    earlier = q[:, None] > q[None, :]
+    causal = q[:, None] >= q[None, :]
+    for i in range(0, heads_per_program):
+        within = split * heads_per_program + i
+        if within < heads_per_group:
+            h = g * heads_per_group + within
+            kh = k * heads + h
+            row = b * directions * heads + kh
+            A = tl.load(A_ptr + kh)
+            bias = 0.0
+            if BIAS:
+                bias = tl.load(bias_ptr + kh)
+            step, pre, free = _step_sizes(
+                dt_ptr + b * dt_b + k * dt_k + h * dt_h, dt_l, token, valid, bias, dt_min, dt_max, SOFTPLUS
+            )
+            total, entry, leaving, through, sequence = _decays(step * A, segment_ptr, rows, start, steps, Q, PACKED)
+            decay = _decay_matrix(total, sequence, Q, PACKED)
+            x = _rows_of(x_ptr + b * x_b + k * x_k + h * x_h, token, x_l, p, valid, P)
+            dy = _rows_of(dy_ptr + b * dy_b + k * dy_k + h * dy_h, token, dy_l, p, valid, P)
+            state_base = (row * chunks + chunk) * P * N
+            before = tl.load(before_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
+            after = tl.load(after_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
+
+            # Within the chunk
+            dweights = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * decay
+            dscores += dweights * step[None, :]
+            by_step = dweights * scores
+            dx = tl.dot(tl.trans(scores * decay * step[None, :]).to(dy.dtype), dy, input_precision=PRECISION)
+            dstep = tl.sum(by_step, axis=0)
+            # Step j decays the pairs l < j <= i: sums over l, then over i
+            pairs = tl.where(earlier, by_step * step[None, :], 0.0)
+            dlog = tl.sum(tl.where(causal, tl.cumsum(pairs, axis=1) - pairs, 0.0), axis=0)
+
+            # From the state before
+            carried = dy.to(tl.float32) * entry[:, None]
+            reached = tl.dot(C, tl.trans(before).to(C.dtype), input_precision=PRECISION)
+            entering = tl.sum(carried * reached, axis=1)
+            dlog += tl.cumsum(entering, axis=0, reverse=True)
+            dC += tl.dot(carried.to(C.dtype), before.to(C.dtype), input_precision=PRECISION)
+            dlog += through * tl.sum(tl.sum(before * after, axis=1), axis=0)
+
+            # Into the state after
+            gain = leaving * step
+            stored = tl.dot(B, tl.trans(after).to(B.dtype), input_precision=PRECISION)
+            dx += gain[:, None] * stored
+            kept = tl.sum(x.to(tl.float32) * stored, axis=1) * leaving
+            dstep += kept
+            dlog += tl.cumsum(kept * step, axis=0) - kept * step
+            weighted = x.to(tl.float32) * gain[:, None]
+            dB += tl.dot(weighted.to(B.dtype), after.to(B.dtype), input_precision=PRECISION)
+
+            if SKIP > 0:
+                per_channel = tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=0)
+                tl.store(dD_ptr + (row * chunks + chunk) * P + p, per_channel, mask=p < P)
+            if SKIP == 1:
+                dx += tl.load(D_ptr + kh) * dy.to(tl.float32)
+            if SKIP == 2:
+                dx += tl.load(D_ptr + kh * P + p, mask=p < P, other=0.0)[None, :] * dy.to(tl.float32)
+            tl.store(dA_ptr + row * chunks + chunk, tl.sum(dlog * step, axis=0))
+            dpre = tl.where(free, dstep + dlog * A, 0.0)
+            if SOFTPLUS:
+                dpre = dpre / (1.0 + tl.exp(-pre))
+            place = (b * num_tokens + token) * directions * heads + kh
+            tl.store(ddt_ptr + place, dpre, mask=valid)
+            tl.store(
+                dx_ptr + place[:, None] * P + p[None, :], dx.to(dx_ptr.dtype.element_ty),
+                mask=valid[:, None] & (p < P)[None, :],
+            )  # fmt: skip
+    dC += tl.dot(dscores.to(B.dtype), B, input_precision=PRECISION)
+    dB += tl.dot(tl.trans(dscores).to(C.dtype), C, input_precision=PRECISION)
+    place = (((b * num_tokens + token) * splits + split) * directions + k) * groups + g
+    mask = valid[:, None] & (n < N)[None, :]
+    tl.store(dB_ptr + place[:, None] * N + n[None, :], dB, mask=mask)
+    tl.store(dC_ptr + place[:, None] * N + n[None, :], dC, mask=mask)

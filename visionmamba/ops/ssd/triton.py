@@ -1,0 +1,296 @@
+"""SSD on GPUs that Triton compiles for: ``kernels/triton/ssd.py``, launched."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import Implementation, register_implementation
+from ..scan_path import scan_order, scan_path
+
+__all__ = ["backward", "forward"]
+
+_ENOUGH_PROGRAMS = 256
+"""Rows times blocks of channels from which on the chunks of a row are walked one after the other."""
+_SPLIT_PROGRAMS = 1024
+"""Programs of the gradient kernel from which on one of them takes all heads of a group."""
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _probe() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "no GPU (TRITON_INTERPRET=1 interprets the kernels)"
+    return None
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Block sizes of a call: Q steps a chunk, channels and states padded to what matrix units take."""
+
+    chunk: int
+    block_p: int
+    block_n: int
+    warps: int
+
+
+def _sizes(x: Tensor, B: Tensor, num_steps: int, chunk_size: int, backward: bool) -> _Sizes:
+    block_p, block_n = (max(16, _power_of_two(size)) for size in (x.shape[-1], B.shape[-1]))
+    if not backward:  # channels are independent there
+        block_p = min(block_p, 64 if block_n <= 128 else 32)
+    chunk = min(64, max(16, _power_of_two(min(chunk_size, num_steps))))
+    if x.dtype == torch.float32 or block_p * block_n > 64 * 128:
+        chunk = min(chunk, 32)
+    return _Sizes(chunk, block_p, block_n, 8 if block_p * block_n >= 64 * 128 else 4)
+
+
+def _supports(
+    x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, path, grid, softplus, dt_min, dt_max, merge, chunk_size
+) -> str | None:
+    if x.dtype == torch.float64:
+        return "float64"
+    if max(16, _power_of_two(x.shape[-1])) * max(16, _power_of_two(B.shape[-1])) > 128 * 256:
+        return f"a state of {x.shape[-1]} x {B.shape[-1]} a head does not fit into registers"
+    if x.numel() == 0:
+        return "no tokens"
+    return None
+
+
+def _strides(tensor: Tensor | None, directions: bool) -> tuple[int, int, int, int]:
+    """Strides of batch, token, direction and head of (B, L, [K,] H, ...)."""
+    if tensor is None:
+        return 0, 0, 0, 0
+    if directions:
+        return tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)
+    return tensor.stride(0), tensor.stride(1), 0, tensor.stride(2)
+
+
+def _last_contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class _Call:
+    """The arguments of one call as the kernels take them."""
+
+    def __init__(self, x, dt, A, B, C, D, dt_bias, seq_idx, path, grid, softplus, dt_min, dt_max, chunk_size, backward):
+        self.x, self.B, self.C = (_last_contiguous(tensor) for tensor in (x, B, C))
+        if self.C.dtype != self.B.dtype:
+            self.C = self.C.to(self.B.dtype)
+        if self.x.dtype != self.B.dtype:
+            self.x = self.x.to(self.B.dtype)
+        self.dt = dt
+        self.A, self.D, self.bias = (
+            None if tensor is None else tensor.float().contiguous() for tensor in (A, D, dt_bias)
+        )
+        self.batch, self.num_tokens, self.head_dim = x.shape[0], x.shape[1], x.shape[-1]
+        self.directions, self.heads = A.shape
+        self.groups, self.states = B.shape[3:]
+        self.ratio = self.heads // self.groups
+        self.order = scan_order(path, tuple(grid), x.device)
+        self.num_steps = self.order.shape[1]
+        table = scan_path(path, tuple(grid)).order
+        self.complete = table.shape[1] == self.num_tokens and int(table.min()) >= 0
+        self.segment = None if seq_idx is None else self._segments(seq_idx)
+        self.sizes = _sizes(self.x, self.B, self.num_steps, chunk_size, backward)
+        self.chunks = -(-self.num_steps // self.sizes.chunk)
+        self.rows = self.batch * self.directions * self.heads
+        self.limits = (float(dt_min), float(dt_max))
+        self.precision = "ieee" if self.x.dtype == torch.float32 else "tf32"
+        self.options = {
+            "Q": self.sizes.chunk, "BLOCK_P": self.sizes.block_p, "BLOCK_N": self.sizes.block_n,
+            "BIAS": dt_bias is not None, "PACKED": seq_idx is not None, "SOFTPLUS": softplus,
+            "PRECISION": self.precision, "num_warps": self.sizes.warps,
+        }  # fmt: skip
+
+    def _segments(self, seq_idx: Tensor) -> Tensor:
+        """Number of changes of sequence before each step, (B, K, P) int32; 0 for that of the initial state."""
+        along = seq_idx[:, self.order.long().clamp(min=0)]
+        changed = torch.diff(along, dim=-1, prepend=torch.zeros_like(along[..., :1])) != 0
+        return torch.cumsum(changed & (self.order >= 0), dim=-1, dtype=torch.int32).contiguous()
+
+    def or_any(self, tensor: Tensor | None) -> Tensor:
+        """A pointer that is never read where a tensor is absent."""
+        return self.A if tensor is None else tensor
+
+    @property
+    def sizes_of_rows(self) -> tuple[int, ...]:
+        return self.num_steps, self.directions, self.heads, self.ratio
+
+    @property
+    def blocks_p(self) -> int:
+        return -(-self.head_dim // self.sizes.block_p)
+
+    def x_strides(self) -> tuple[int, int, int, int]:
+        return _strides(self.x, self.x.dim() == 5)
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32, filled: bool = True) -> Tensor:
+        """An output; zeros where the path leaves tokens out."""
+        make = torch.empty if filled else torch.zeros
+        return make(shape, dtype=dtype, device=self.x.device)
+
+    def contributions(self, value, value_strides, key, segments: int, reverse: bool) -> tuple[Tensor, Tensor]:
+        """Launch ``ssd_states``: contributions (rows, segments, P, N) and decays (rows, segments)."""
+        from visionmamba.kernels.triton.ssd import ssd_states
+
+        state = self.new(self.rows, segments, self.head_dim, self.states)
+        through = self.new(self.rows, segments)
+        ssd_states[self.rows, segments, self.blocks_p](
+            value, self.dt, self.A, key, self.or_any(self.bias), self.order, self.or_any(self.segment), state, through,
+            *self.sizes_of_rows, -(-self.chunks // segments), segments,
+            *value_strides, *_strides(self.dt, True), *_strides(key, True), *self.limits,
+            self.head_dim, self.states, **self.options, REVERSE=reverse,
+        )  # fmt: skip
+        return state, through
+
+    def pass_on(self, state: Tensor, through: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
+        """Launch ``ssd_pass``; returns what leaves the last segment, (rows, P, N)."""
+        from visionmamba.kernels.triton.ssd import ssd_pass
+
+        size = self.head_dim * self.states
+        last = self.new(self.rows, self.head_dim, self.states)
+        block = min(1024, _power_of_two(size))
+        ssd_pass[self.rows, -(-size // block)](
+            state, through, self.or_any(first), last, state.shape[1], size,
+            BLOCK=block, FIRST=first is not None, REVERSE=reverse,
+        )  # fmt: skip
+        return last
+
+
+def _skip(D: Tensor | None) -> int:
+    return 0 if D is None else D.dim() - 1
+
+
+def _segments_of(call: _Call) -> int:
+    """Segments that a path is cut into, so that there are enough programs."""
+    programs = call.rows * call.blocks_p
+    wanted = min(call.chunks, -(-_ENOUGH_PROGRAMS // programs))
+    return -(-call.chunks // -(-call.chunks // wanted))
+
+
+def _run(call: _Call, D, z, initial_states, merge: bool) -> tuple[Tensor, Tensor]:
+    """Return y in the layout of the op, before the conversion of its dtype, and the last state."""
+    from visionmamba.kernels.triton.ssd import ssd_forward
+
+    segments = _segments_of(call)
+    before = None if initial_states is None else initial_states.float().contiguous()
+    if segments > 1:
+        state, through = call.contributions(call.x, call.x_strides(), call.B, segments, reverse=False)
+        call.pass_on(state, through, before, reverse=False)
+        before = state
+    summed = merge and call.directions > 1
+    gate = z is not None and not summed
+    middle = (call.directions,) if not merge or summed else ()
+    y = call.new(
+        call.batch, call.num_tokens, *middle, call.heads, call.head_dim,
+        dtype=torch.float32 if summed else call.x.dtype, filled=call.complete,
+    )  # fmt: skip
+    final = call.new(call.batch, call.directions, call.heads, call.head_dim, call.states)
+    z_in = _last_contiguous(z) if gate else None
+    ssd_forward[call.rows, segments, call.blocks_p](
+        call.x, call.dt, call.A, call.B, call.C, call.or_any(call.D), call.or_any(z_in), call.or_any(call.bias),
+        call.order, call.or_any(call.segment), call.or_any(before), y, final,
+        *call.sizes_of_rows, -(-call.chunks // segments), segments,
+        *call.x_strides(), *_strides(call.dt, True), *_strides(call.B, True), *_strides(call.C, True),
+        *_strides(z_in, z_in is not None and z_in.dim() == 5), *_strides(y, bool(middle)), *call.limits,
+        call.head_dim, call.states, **call.options, SKIP=_skip(D), GATE=gate, STATE=before is not None,
+    )  # fmt: skip
+    if summed:
+        y = y.sum(2)
+        if z is not None:
+            y = y * F.silu(z.float())
+    return y, final
+
+
+def forward(
+    x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, path, grid, softplus, dt_min, dt_max, merge, chunk_size
+):
+    """Compute the op ``visionmamba::ssd``; see :func:`visionmamba.ops.ssd_scan`."""
+    call = _Call(x, dt, A, B, C, D, dt_bias, seq_idx, path, grid, softplus, dt_min, dt_max, chunk_size, backward=False)
+    y, final = _run(call, D, z, initial_states, merge)
+    return y.to(x.dtype), final
+
+
+def _ungated_gradient(dy, z, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, options, merge):
+    """Gradients of y before the gate and of z; recomputes y."""
+    call = _Call(x, dt, A, B, C, D, dt_bias, seq_idx, *options, backward=False)
+    y, _ = _run(call, D, None, initial_states, merge)
+    dy, y, gate = dy.float(), y.float(), z.float()
+    gate = gate if gate.dim() == dy.dim() else gate.unsqueeze(2)
+    sigmoid = torch.sigmoid(gate)
+    dz = dy * y * sigmoid * (1 + gate * (1 - sigmoid))
+    return (dy * gate * sigmoid).to(x.dtype), dz if z.dim() == dy.dim() else dz.sum(2)
+
+
+def backward(
+    dy, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, path, grid, softplus, dt_min, dt_max, merge,
+    chunk_size,
+):  # fmt: skip
+    """Compute the gradients of :func:`forward`'s nine floating-point tensors; None for absent ones."""
+    from visionmamba.kernels.triton.ssd import ssd_gradients
+
+    options = (path, grid, softplus, dt_min, dt_max, chunk_size)
+    dz = None
+    if z is not None:
+        dy, dz = _ungated_gradient(dy, z, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, options, merge)
+    call = _Call(x, dt, A, B, C, D, dt_bias, seq_idx, *options, backward=True)
+    dy = _last_contiguous(dy.to(call.x.dtype))
+    dy_strides = _strides(dy, dy.dim() == 5)
+
+    first = None if initial_states is None else initial_states.float().contiguous()
+    before, through = call.contributions(call.x, call.x_strides(), call.B, call.chunks, reverse=False)
+    call.pass_on(before, through, first, reverse=False)
+    after, through = call.contributions(dy, dy_strides, call.C, call.chunks, reverse=True)
+    last = None if dfinal is None else dfinal.float().contiguous()
+    dinitial = call.pass_on(after, through, last, reverse=True)
+
+    batch, tokens, directions, heads = call.batch, call.num_tokens, call.directions, call.heads
+    programs = batch * directions * call.groups * call.chunks
+    splits = min(call.ratio, -(-_SPLIT_PROGRAMS // programs))
+    per_program = -(-call.ratio // splits)
+    splits = -(-call.ratio // per_program)
+    shared = x.dim() == 4 and directions > 1
+    dx = call.new(
+        batch, tokens, directions, heads, call.head_dim,
+        dtype=torch.float32 if shared else call.x.dtype, filled=call.complete,
+    )  # fmt: skip
+    ddt = call.new(batch, tokens, directions, heads, filled=call.complete)
+    dB, dC = (
+        call.new(batch, tokens, splits, directions, call.groups, call.states, filled=call.complete) for _ in range(2)
+    )
+    dA = call.new(batch, directions, heads, call.chunks)
+    dD = None if D is None else call.new(batch, directions, heads, call.chunks, call.head_dim)
+    ssd_gradients[batch * directions * call.groups * splits, call.chunks](
+        dy, call.x, call.dt, call.A, call.B, call.C, call.or_any(call.D), call.or_any(call.bias), call.order,
+        call.or_any(call.segment), before, after, dx, ddt, dA, dB, dC, call.or_any(dD),
+        call.num_steps, tokens, directions, heads, call.groups, call.ratio, per_program, splits, call.chunks,
+        *dy_strides, *call.x_strides(), *_strides(call.dt, True), *_strides(call.B, True), *_strides(call.C, True),
+        *call.limits, call.head_dim, call.states, **call.options, SKIP=_skip(D),
+    )  # fmt: skip
+    if dD is not None:
+        dD = dD.sum((0, 3))
+        dD = dD if D.dim() == 3 else dD.sum(-1)
+    return (
+        (dx.sum(2) if shared else dx.reshape(x.shape)), ddt, dA.sum((0, 3)), dB.sum(2), dC.sum(2), dD, dz,
+        None if dt_bias is None else ddt.sum((0, 1)),
+        None if initial_states is None else dinitial.reshape(initial_states.shape),
+    )  # fmt: skip
+
+
+register_implementation(
+    Implementation(
+        "ssd", "triton", ("cuda", "cpu") if _interpreted() else ("cuda",), forward, backward, _probe, _supports
+    )
+)
