@@ -112,6 +112,11 @@ __device__ __forceinline__ Raw<2> pack(const float* f, Raw<2>) {
 template <int V> __device__ __forceinline__ Raw<V> raw_zero() { Raw<V> r; r.x = 0; return r; }
 #endif
 
+// Row `row` of an array whose rows are `stride` bytes apart: one multiply-add of 64 bits.
+template <class T> __device__ __forceinline__ T* row_of(T* base, int row, int stride) {
+  return (T*)((char*)base + (unsigned long long)(uint32)row * (uint32)stride);
+}
+
 template <int V> __device__ __forceinline__ Raw<V> load_raw(const act_t* p) { return *reinterpret_cast<const Raw<V>*>(p); }
 template <int V> __device__ __forceinline__ void store_act(act_t* p, const float* f) { *reinterpret_cast<Raw<V>*>(p) = pack(f, Raw<V>()); }
 
@@ -143,16 +148,27 @@ template <int V> __device__ __forceinline__ void store_floats(float* p, const fl
   }
 }
 
-// log(1 + e) for e in [0, 1]. lg2.approx has an absolute error of 2^-22, so small e takes the series instead.
+// log(1 + e) for e in [0, 1] as e times a polynomial: relative error 4e-7 (float32), 9e-6 (16-bit activations), which
+// lg2.approx, with its absolute error, does not give for small e.
 __device__ __forceinline__ float log1p_unit(float e) {
-  float big = LN2 * log2_approx(1.f + e);
 #if ACT == 0
-  float small = e * (1.f + e * (-0.5f + e * (0.33333333f + e * (-0.25f + e * (0.2f + e * (-0.16666667f + e * 0.14285714f))))));
-  return e < 0.125f ? small : big;
+  float p = -0.00853909647f;
+  p = p * e + 0.0440892386f;
+  p = p * e - 0.107681171f;
+  p = p * e + 0.177452044f;
+  p = p * e - 0.244954498f;
+  p = p * e + 0.332754776f;
+  p = p * e - 0.499974053f;
+  p = p * e + 0.999999806f;
 #else
-  float small = e * (1.f + e * (-0.5f + e * 0.33333333f));
-  return e < 0.03125f ? small : big;
+  float p = -0.0238688565f;
+  p = p * e + 0.101221544f;
+  p = p * e - 0.210048039f;
+  p = p * e + 0.325206446f;
+  p = p * e - 0.499361335f;
+  p = p * e + 0.999991598f;
 #endif
+  return p * e;
 }
 
 // softplus(v) = max(v, 0) + log(1 + exp(-|v|)): finite for every finite v, accurate for small results.

@@ -41,7 +41,7 @@ struct ScanArgs {
   float* dparams;                 // (B chunks, K D (N + 2)): dA, dD, dbias of a chunk
   float* dstate;                  // (B, K, D, N) gradient of the initial state, or null
   float* checkpoints;             // scratch
-  int64 u_b, delta_b, B_b, C_b, z_b, dy_b, y_b, du_b;  // strides in elements
+  int64 u_b, delta_b, B_b, C_b, z_b, dy_b, y_b, du_b;  // strides: _b and _k in elements, _l in bytes
   int u_l, u_k, delta_l, delta_k, B_l, B_k, C_l, C_k, z_l, z_k, dy_l, dy_k, y_l, y_k, du_l, du_k;
   int L, P, D_, K, chunks, chunk_steps, tiles, pad;
 };
@@ -82,14 +82,15 @@ __device__ __forceinline__ int load_tokens(const ScanArgs& p, const Place& at, i
   return at.lane < TILE_STEPS && t >= at.first_step && t < at.end_step ? p.order[(int64)at.k * p.P + t] : -1;
 }
 
-// One activation (u, delta, dy, z) of a group of steps, as loaded, in the staging layout.
+// One activation (u, delta, dy, z) of a group of steps, as loaded, in the staging layout. Steps without a token read
+// token 0: their Delta, C and dy are set to zero instead.
 struct Rows {
   Raw<VEC> value[PER_LANE];
-  __device__ __forceinline__ void load(const act_t* base, int stride, const Place& at, int tokens, bool ok, bool by_step, int first) {
+  __device__ __forceinline__ void load(const act_t* base, int stride, const Place& at, int tokens, bool by_step, int first) {
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-      int t = at.staged_step(i), token = __shfl_sync(FULL_WARP, tokens, t);
-      value[i] = ok && token >= 0 ? load_raw<VEC>(base + (int64)(by_step ? first + t : token) * stride) : raw_zero<VEC>();
+      const int t = at.staged_step(i), token = __shfl_sync(FULL_WARP, tokens, t);
+      value[i] = load_raw<VEC>(row_of(base, token >= 0 && by_step ? first + t : max(token, 0), stride));
     }
   }
 };
@@ -100,9 +101,9 @@ struct Projection {
   __device__ __forceinline__ void load(const act_t* base, int stride, const Place& at, int tokens, bool by_step, int first) {
 #pragma unroll
     for (int i = 0; i < BC_PER_LANE; i++) {
-      int e = at.lane + 32 * i, t = e / BC_ROW, n = (e % BC_ROW) * BC_VEC;
-      int token = __shfl_sync(FULL_WARP, tokens, t & 31);
-      value[i] = t < TILE_STEPS && token >= 0 ? load_raw<BC_VEC>(base + (int64)(by_step ? first + t : token) * stride + n) : raw_zero<BC_VEC>();
+      const int e = at.lane + 32 * i, t = e / BC_ROW, n = (e % BC_ROW) * BC_VEC;
+      const int token = __shfl_sync(FULL_WARP, tokens, t & 31);
+      value[i] = t < TILE_STEPS && token >= 0 ? load_raw<BC_VEC>(row_of(base, by_step ? first + t : token, stride) + n) : raw_zero<BC_VEC>();
     }
   }
   __device__ __forceinline__ void stage(float* shared, const Place& at) const {
@@ -166,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_forwar
   const Place at(p);
   ForwardShared& s = shared[at.warp];
   const bool ok = at.in_range(p);
-  const int channel = at.channel0 + at.column;
+  const int channel = ok ? at.channel0 + at.column : 0;
   const act_t* u = p.u + at.b * p.u_b + (int64)at.k * p.u_k + channel;
   const act_t* delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
   const act_t* B = p.B + at.b * p.B_b + (int64)at.k * p.B_k;
@@ -188,12 +189,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_forwar
   Projection raw_B, raw_C;
   int tokens = load_tokens(p, at, at.first_step), next_tokens = load_tokens(p, at, at.first_step + TILE_STEPS);
   auto load = [&](int first) {
-    raw_u.load(u, p.u_l, at, tokens, ok, false, first);
-    raw_delta.load(delta, p.delta_l, at, tokens, ok, STEP_ORDER, first);
+    raw_u.load(u, p.u_l, at, tokens, false, first);
+    raw_delta.load(delta, p.delta_l, at, tokens, STEP_ORDER, first);
     raw_B.load(B, p.B_l, at, tokens, STEP_ORDER, first);
     raw_C.load(C, p.C_l, at, tokens, STEP_ORDER, first);
 #if GATE
-    raw_z.load(z, p.z_l, at, tokens, ok, false, first);
+    raw_z.load(z, p.z_l, at, tokens, false, first);
 #endif
   };
   load(at.first_step);
@@ -258,9 +259,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_forwar
 #endif
       if (ok && token >= 0) {
 #if PARTIAL
-        store_floats<VEC>((float*)p.y + y_offset + (int64)token * p.y_l, y);
+        store_floats<VEC>(row_of((float*)p.y + y_offset, token, p.y_l), y);
 #else
-        store_act<VEC>((act_t*)p.y + y_offset + (int64)token * p.y_l, y);
+        store_act<VEC>(row_of((act_t*)p.y + y_offset, token, p.y_l), y);
 #endif
       }
     }
@@ -280,7 +281,7 @@ template <bool ADJOINT> __device__ __forceinline__ void carry(const ScanArgs& p)
   const Place at(p);
   CarryShared& s = shared[at.warp];
   const bool ok = at.in_range(p);
-  const int channel = at.channel0 + at.column;
+  const int channel = ok ? at.channel0 + at.column : 0;
   const act_t* u = p.u + at.b * p.u_b + (int64)at.k * p.u_k + channel;
   const act_t* delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
   const act_t* B = p.B + at.b * p.B_b + (int64)at.k * p.B_k;
@@ -302,11 +303,11 @@ template <bool ADJOINT> __device__ __forceinline__ void carry(const ScanArgs& p)
   Projection raw_B, raw_C;
   int tokens = load_tokens(p, at, at.first_step), next_tokens = load_tokens(p, at, at.first_step + TILE_STEPS);
   auto load = [&](int first) {
-    raw_u.load(u, p.u_l, at, tokens, ok, false, first);
-    raw_delta.load(delta, p.delta_l, at, tokens, ok, STEP_ORDER, first);
+    raw_u.load(u, p.u_l, at, tokens, false, first);
+    raw_delta.load(delta, p.delta_l, at, tokens, STEP_ORDER, first);
     raw_B.load(B, p.B_l, at, tokens, STEP_ORDER, first);
     if constexpr (ADJOINT) {
-      raw_dy.load(dy, p.dy_l, at, tokens, ok, false, first);
+      raw_dy.load(dy, p.dy_l, at, tokens, false, first);
       raw_C.load(C, p.C_l, at, tokens, STEP_ORDER, first);
     }
   };
@@ -447,7 +448,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
   const Place at(p);
   BackwardShared& s = shared[at.warp];
   const bool ok = at.in_range(p);
-  const int channel = at.channel0 + at.column;
+  const int channel = ok ? at.channel0 + at.column : 0;
   const act_t* u = p.u + at.b * p.u_b + (int64)at.k * p.u_k + channel;
   const act_t* delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
   const act_t* dy = p.dy + at.b * p.dy_b + (int64)at.k * p.dy_k + channel;
@@ -472,8 +473,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
   // Forward walk: checkpoint the state before each group. The last group's own states are not needed here.
   int tokens = load_tokens(p, at, at.first_step), next_tokens = load_tokens(p, at, at.first_step + TILE_STEPS);
   auto load_forward = [&](int first) {
-    raw_u.load(u, p.u_l, at, tokens, ok, false, first);
-    raw_delta.load(delta, p.delta_l, at, tokens, ok, STEP_ORDER, first);
+    raw_u.load(u, p.u_l, at, tokens, false, first);
+    raw_delta.load(delta, p.delta_l, at, tokens, STEP_ORDER, first);
     raw_B.load(B, p.B_l, at, tokens, STEP_ORDER, first);
   };
   if (groups > 1) load_forward(at.first_step);
@@ -517,9 +518,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
   for (int v = 0; v < VEC; v++) dskip[v] = dbias[v] = 0.f;
 
   auto load_backward = [&](int first) {
-    raw_u.load(u, p.u_l, at, tokens, ok, false, first);
-    raw_delta.load(delta, p.delta_l, at, tokens, ok, STEP_ORDER, first);
-    raw_dy.load(dy, p.dy_l, at, tokens, ok, false, first);
+    raw_u.load(u, p.u_l, at, tokens, false, first);
+    raw_delta.load(delta, p.delta_l, at, tokens, STEP_ORDER, first);
+    raw_dy.load(dy, p.dy_l, at, tokens, false, first);
     raw_B.load(B, p.B_l, at, tokens, STEP_ORDER, first);
     raw_C.load(C, p.C_l, at, tokens, STEP_ORDER, first);
   };
@@ -544,6 +545,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
         x[v] += bias[v];
         if (SOFTPLUS) x[v] = softplus(x[v], slope[v]);
         x[v] = valid ? x[v] : 0.f;
+        g[v] = valid ? g[v] : 0.f;
         dskip[v] += g[v] * f[v];
       }
       store_floats<VEC>(s.x + t * CHANNELS + at.column, x);
@@ -662,11 +664,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
       }
       if (ok && token >= 0) {
 #if PARTIAL
-        store_floats<VEC>((float*)p.du + du_offset + (int64)token * p.du_l, g);
+        store_floats<VEC>(row_of((float*)p.du + du_offset, token, p.du_l), g);
 #else
-        store_act<VEC>((act_t*)p.du + du_offset + (int64)token * p.du_l, g);
+        store_act<VEC>(row_of((act_t*)p.du + du_offset, token, p.du_l), g);
 #endif
-        store_act<VEC>(ddelta + (int64)(STEP_ORDER ? first + t : token) * p.K * p.D_, f);
+        store_act<VEC>(row_of(ddelta, STEP_ORDER ? first + t : token, p.K * p.D_ * (int)sizeof(act_t)), f);
       }
     }
     // dB and dC over the block's warps, in a fixed order.

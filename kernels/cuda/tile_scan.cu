@@ -13,12 +13,13 @@
 
 constexpr int GROUPS = TILE_CHANNELS / VEC;   // lanes that share a step
 constexpr int PER_WARP = 32 / GROUPS;         // chunks of steps a warp
-constexpr int MAX_WARPS = THREADS / 32;
+constexpr int WARPS = THREADS / 32;
+constexpr int CHUNKS = THREADS / GROUPS;
 
 struct TileArgs {
   const act_t *u, *delta, *B, *C, *z, *dy;
   const float *A, *D, *bias;      // (K, D); D and bias may be null
-  const int* order;               // (K, P)
+  const int* order;               // (K, P), P a whole number of rounds; -1 where there is no step
   const float *state_in, *dlast;  // (B, K, D), or null for zero
   act_t* y;                       // (B, L, D) with MERGE, else (B, L, K, D)
   float* last_state;              // (B, K, D)
@@ -26,7 +27,7 @@ struct TileArgs {
   float* dBC;                     // (B, K, tiles, L, 2)
   float* dparams;                 // (B, 3 K D): dA, dD, dbias
   float* dstate;                  // (B, K, D), or null
-  int64 u_b, delta_b, B_b, C_b, z_b, dy_b;
+  int64 u_b, delta_b, B_b, C_b, z_b, dy_b;  // strides: _b and _k in elements, _l in bytes
   int u_l, u_k, delta_l, delta_k, B_l, B_k, C_l, C_k, z_l, z_k, dy_l, dy_k;
   int L, P, channels, K, tiles, rounds;
 };
@@ -47,17 +48,17 @@ __device__ __forceinline__ Link shuffle(Link x, int from) {
 }
 
 struct Seat {
-  int b, tile, lane, warp, warps, chunk, column, channel;
+  int b, tile, lane, warp, chunk, column, channel;
   bool ok;
   __device__ __forceinline__ Seat(const TileArgs& p) {
     b = blockIdx.x / p.tiles; tile = blockIdx.x % p.tiles;
-    lane = threadIdx.x & 31; warp = threadIdx.x >> 5; warps = blockDim.x >> 5;
+    lane = threadIdx.x & 31; warp = threadIdx.x >> 5;
     chunk = threadIdx.x / GROUPS;
     column = (threadIdx.x % GROUPS) * VEC;
-    channel = tile * TILE_CHANNELS + column;
-    ok = channel < p.channels;
+    ok = tile * TILE_CHANNELS + column < p.channels;
+    channel = ok ? tile * TILE_CHANNELS + column : 0;
   }
-  __device__ __forceinline__ int first_step(int round) const { return (round * (int)(blockDim.x / GROUPS) + chunk) * STEPS; }
+  __device__ __forceinline__ int first_step(int round) const { return (round * CHUNKS + chunk) * STEPS; }
 };
 
 // Scan of the block's chunks, in two halves around a barrier. `publish` scans the warp's chunks, leaves the Link of those
@@ -83,30 +84,36 @@ template <bool REVERSE> __device__ __forceinline__ void collect(const Seat& at, 
 #pragma unroll
   for (int v = 0; v < VEC; v++) enters[v] = 0.f;
 #pragma unroll
-  for (int i = 0; i < MAX_WARPS; i++) {
-    const int w = REVERSE ? at.warps - 1 - i : i;
-    if (i < at.warps) {
+  for (int i = 0; i < WARPS; i++) {
+    const int w = REVERSE ? WARPS - 1 - i : i;
 #pragma unroll
-      for (int v = 0; v < VEC; v++) {
-        const Link total = totals[w * TILE_CHANNELS + at.column + v];
-        if (w == at.warp) enters[v] = before[v].decay * carry[v] + before[v].h;
-        carry[v] = total.decay * carry[v] + total.h;
-      }
+    for (int v = 0; v < VEC; v++) {
+      const Link total = totals[w * TILE_CHANNELS + at.column + v];
+      if (w == at.warp) enters[v] = before[v].decay * carry[v] + before[v].h;
+      carry[v] = total.decay * carry[v] + total.h;
     }
   }
 }
 
-// What a thread reads of its STEPS steps, as loaded.
+struct __align__(16) Four { int i[4]; };
+
+// What a thread reads of its STEPS steps, as loaded. Steps without a token read token 0; their Delta, B and C are set to
+// zero instead, which leaves the state and the adjoint as they are.
 template <bool BACKWARD> struct Steps {
   int token[STEPS];
   Raw<VEC> u[STEPS], delta[STEPS], dy[BACKWARD ? STEPS : 1];
   act_t B[STEPS], C[STEPS];
 
-  __device__ __forceinline__ void load_tokens(const TileArgs& p, const Seat& at, int k, int first) {
+  __device__ __forceinline__ void load_tokens(const TileArgs& p, int k, int first) {
+    const int* order = p.order + (int64)k * p.P + first;
 #pragma unroll
-    for (int j = 0; j < STEPS; j++) token[j] = first + j < p.P ? p.order[(int64)k * p.P + first + j] : -1;
+    for (int j = 0; j < STEPS; j += 4) {
+      const Four four = *reinterpret_cast<const Four*>(order + j);
+#pragma unroll
+      for (int i = 0; i < 4; i++) token[j + i] = four.i[i];
+    }
   }
-  __device__ __forceinline__ int row(int j, int first) const { return STEP_ORDER ? first + j : token[j]; }
+  __device__ __forceinline__ int row(int j, int first) const { return STEP_ORDER && token[j] >= 0 ? first + j : token[j]; }
   template <bool CARRY_ONLY> __device__ __forceinline__ void load(const TileArgs& p, const Seat& at, int k, int first) {
     const act_t* u_k = p.u + at.b * p.u_b + (int64)k * p.u_k + at.channel;
     const act_t* delta_k = p.delta + at.b * p.delta_b + (int64)k * p.delta_k + at.channel;
@@ -115,16 +122,18 @@ template <bool BACKWARD> struct Steps {
     const act_t* dy_k = BACKWARD ? p.dy + at.b * p.dy_b + (int64)k * p.dy_k + at.channel : nullptr;
 #pragma unroll
     for (int j = 0; j < STEPS; j++) {
-      const bool some = token[j] >= 0, ok = some && at.ok;
-      u[j] = ok ? load_raw<VEC>(u_k + (int64)token[j] * p.u_l) : raw_zero<VEC>();
-      delta[j] = ok ? load_raw<VEC>(delta_k + (int64)row(j, first) * p.delta_l) : raw_zero<VEC>();
-      B[j] = some ? B_k[(int64)row(j, first) * p.B_l] : (act_t)0;
+      const int seen = max(token[j], 0), read = max(row(j, first), 0);
+      u[j] = load_raw<VEC>(row_of(u_k, seen, p.u_l));
+      delta[j] = load_raw<VEC>(row_of(delta_k, read, p.delta_l));
+      B[j] = *row_of(B_k, read, p.B_l);
       if constexpr (!CARRY_ONLY) {
-        C[j] = some ? C_k[(int64)row(j, first) * p.C_l] : (act_t)0;
-        if constexpr (BACKWARD) dy[j] = ok ? load_raw<VEC>(dy_k + (int64)token[j] * p.dy_l) : raw_zero<VEC>();
+        C[j] = *row_of(C_k, read, p.C_l);
+        if constexpr (BACKWARD) dy[j] = load_raw<VEC>(row_of(dy_k, seen, p.dy_l));
       }
     }
   }
+  __device__ __forceinline__ float b(int j) const { return token[j] >= 0 ? to_float(B[j]) : 0.f; }
+  __device__ __forceinline__ float c(int j) const { return token[j] >= 0 ? to_float(C[j]) : 0.f; }
 };
 
 __device__ __forceinline__ void load_columns(const float* from, const TileArgs& p, const Seat& at, int64 lead, float f[VEC]) {
@@ -148,7 +157,7 @@ __device__ __forceinline__ void step_size(const Raw<VEC>& raw, const float bias[
   }
 }
 
-// Add to (the first direction of a complete path: set) a token's entry of the tile.
+// Add to (the first direction of a complete path: set) a token's entry of the tile; -1 is a spare row before the first.
 __device__ __forceinline__ void accumulate(float* tile, const Seat& at, int token, int k, const float f[VEC]) {
   float* to = tile + token * TILE_CHANNELS + at.column;
   float sum[VEC];
@@ -164,7 +173,7 @@ __device__ __forceinline__ void accumulate(float* tile, const Seat& at, int toke
 
 __device__ __forceinline__ void clear(float* tile, const TileArgs& p) {
   if (MERGE && !COMPLETE) {
-    for (int i = threadIdx.x; i < p.L * TILE_CHANNELS; i += blockDim.x) tile[i] = 0.f;
+    for (int i = threadIdx.x; i < p.L * TILE_CHANNELS; i += THREADS) tile[i] = 0.f;
     __syncthreads();
   }
 }
@@ -172,14 +181,14 @@ __device__ __forceinline__ void clear(float* tile, const TileArgs& p) {
 // Write the tile to (B, L, D), times silu(z) with GATE.
 __device__ __forceinline__ void write_tile(const float* tile, const TileArgs& p, const Seat& at, act_t* to, bool gate) {
   __syncthreads();
-  for (int l = at.chunk; l < p.L; l += blockDim.x / GROUPS) {
+  for (int l = at.chunk; l < p.L; l += CHUNKS) {
     float f[VEC];
     load_floats<VEC>(tile + l * TILE_CHANNELS + at.column, f);
     if (!at.ok) continue;
 #if GATE
     if (gate) {
       float z[VEC];
-      unpack(load_raw<VEC>(p.z + at.b * p.z_b + (int64)l * p.z_l + at.channel), z);
+      unpack(load_raw<VEC>(row_of(p.z + at.b * p.z_b + at.channel, l, p.z_l)), z);
 #pragma unroll
       for (int v = 0; v < VEC; v++) f[v] *= silu(z[v]);
     }
@@ -191,12 +200,12 @@ __device__ __forceinline__ void write_tile(const float* tile, const TileArgs& p,
 extern __shared__ float dynamic_shared[];
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_forward(const __grid_constant__ TileArgs p) {
-  Link* totals = (Link*)dynamic_shared;                               // [2][MAX_WARPS][TILE_CHANNELS]
-  float* tile = dynamic_shared + 4 * MAX_WARPS * TILE_CHANNELS;       // [L][TILE_CHANNELS] with MERGE
+  Link* totals = (Link*)dynamic_shared;                               // [2][WARPS][TILE_CHANNELS]
+  float* tile = dynamic_shared + (4 * WARPS + 1) * TILE_CHANNELS;  // [-1, L)[TILE_CHANNELS] with MERGE
   const Seat at(p);
   clear(tile, p);
   Steps<false> next;
-  next.load_tokens(p, at, 0, at.first_step(0));
+  next.load_tokens(p, 0, at.first_step(0));
   next.load<false>(p, at, 0, at.first_step(0));
   int turn = 0;
   for (int k = 0; k < p.K; k++) {
@@ -210,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_forward(c
     for (int round = 0; round < p.rounds; round++, turn ^= 1) {
       Steps<false> now = next;
       const int next_k = round + 1 < p.rounds ? k : k + 1, next_first = at.first_step(round + 1 < p.rounds ? round + 1 : 0);
-      if (next_k < p.K) next.load_tokens(p, at, next_k, next_first);
+      if (next_k < p.K) next.load_tokens(p, next_k, next_first);
       float a[STEPS][VEC], b[STEPS][VEC];
       Link own[VEC], before[VEC];
 #pragma unroll
@@ -218,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_forward(c
 #pragma unroll
       for (int j = 0; j < STEPS; j++) {
         float x[VEC], f[VEC];
-        step_size(now.delta[j], bias, now.token[j] >= 0, x);
+        step_size(now.delta[j], bias, now.token[j] >= 0 && at.ok, x);
         unpack(now.u[j], f);
         const float B = to_float(now.B[j]);
 #pragma unroll
@@ -231,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_forward(c
       }
 #pragma unroll
       for (int v = 0; v < VEC; v++) own[v].decay = exp2_approx(own[v].decay * a2[v]);
-      Link* shared = totals + turn * MAX_WARPS * TILE_CHANNELS;
+      Link* shared = totals + turn * WARPS * TILE_CHANNELS;
       publish<false>(at, own, shared, before);
       if (next_k < p.K) next.load<false>(p, at, next_k, next_first);
       __syncthreads();
@@ -247,18 +256,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_forward(c
           h[v] = a[j][v] * h[v] + b[j][v];
           y[v] = h[v] * C + skip[v] * f[v];
         }
-        if (now.token[j] >= 0) {
 #if MERGE
-          accumulate(tile, at, now.token[j], k, y);
+        accumulate(tile, at, now.token[j], k, y);
 #else
+        if (now.token[j] >= 0) {
 #if GATE
-          unpack(load_raw<VEC>(p.z + at.b * p.z_b + (int64)k * p.z_k + (int64)now.token[j] * p.z_l + (at.ok ? at.channel : 0)), f);
+          unpack(load_raw<VEC>(row_of(p.z + at.b * p.z_b + (int64)k * p.z_k + at.channel, now.token[j], p.z_l)), f);
 #pragma unroll
           for (int v = 0; v < VEC; v++) y[v] *= silu(f[v]);
 #endif
           if (at.ok) store_act<VEC>(p.y + (((int64)at.b * p.L + now.token[j]) * p.K + k) * p.channels + at.channel, y);
-#endif
         }
+#endif
       }
     }
     if (at.chunk == 0) store_columns(p.last_state, p, at, (int64)at.b * p.K + k, carry);
@@ -267,10 +276,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_forward(c
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(const __grid_constant__ TileArgs p) {
-  Link* totals = (Link*)dynamic_shared;                                        // [2][2][MAX_WARPS][TILE_CHANNELS]
-  float* sums = dynamic_shared + 8 * MAX_WARPS * TILE_CHANNELS;                // [3][MAX_WARPS][TILE_CHANNELS]
-  float* starts = sums + 3 * MAX_WARPS * TILE_CHANNELS;                        // [rounds][TILE_CHANNELS]
-  float* tile = starts + p.rounds * TILE_CHANNELS;                             // [L][TILE_CHANNELS] with MERGE
+  Link* totals = (Link*)dynamic_shared;                                        // [2][2][WARPS][TILE_CHANNELS]
+  float* sums = dynamic_shared + 8 * WARPS * TILE_CHANNELS;                // [3][WARPS][TILE_CHANNELS]
+  float* starts = sums + 3 * WARPS * TILE_CHANNELS;                        // [rounds][TILE_CHANNELS]
+  float* tile = starts + (p.rounds + 1) * TILE_CHANNELS;                       // [-1, L)[TILE_CHANNELS] with MERGE
   const Seat at(p);
   clear(tile, p);
   int turn = 0;
@@ -288,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
     for (int round = 0; round < p.rounds - 1; round++, turn ^= 1) {
       if (at.chunk == 0) store_floats<VEC>(starts + round * TILE_CHANNELS + at.column, carry);
       const int first = at.first_step(round);
-      now.load_tokens(p, at, k, first);
+      now.load_tokens(p, k, first);
       now.load<true>(p, at, k, first);
       Link own[VEC], before[VEC];
 #pragma unroll
@@ -296,9 +305,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
 #pragma unroll
       for (int j = 0; j < STEPS; j++) {
         float x[VEC], f[VEC];
-        step_size(now.delta[j], bias, now.token[j] >= 0, x);
+        step_size(now.delta[j], bias, now.token[j] >= 0 && at.ok, x);
         unpack(now.u[j], f);
-        const float B = to_float(now.B[j]);
+        const float B = now.b(j);
 #pragma unroll
         for (int v = 0; v < VEC; v++) {
           own[v].decay += x[v];
@@ -308,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
       float unused[VEC];
 #pragma unroll
       for (int v = 0; v < VEC; v++) own[v].decay = exp2_approx(own[v].decay * a2[v]);
-      Link* shared = totals + turn * 2 * MAX_WARPS * TILE_CHANNELS;
+      Link* shared = totals + turn * 2 * WARPS * TILE_CHANNELS;
       publish<false>(at, own, shared, before);
       __syncthreads();
       collect<false>(at, shared, before, carry, unused);
@@ -321,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
 
     for (int round = p.rounds - 1; round >= 0; round--, turn ^= 1) {
       const int first = at.first_step(round);
-      now.load_tokens(p, at, k, first);
+      now.load_tokens(p, k, first);
       now.load<false>(p, at, k, first);
       float x[STEPS][VEC], slope[STEPS][VEC], a[STEPS][VEC], h[STEPS][VEC];
       Link own[VEC], back[VEC], before[VEC], behind[VEC];
@@ -332,13 +341,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
         float f[VEC];
         unpack(now.delta[j], x[j]);
         unpack(now.u[j], f);
-        const float B = to_float(now.B[j]);
+        const float B = now.b(j);
 #pragma unroll
         for (int v = 0; v < VEC; v++) {
           slope[j][v] = 1.f;
           x[j][v] += bias[v];
           if (SOFTPLUS) x[j][v] = softplus(x[j][v], slope[j][v]);
-          if (now.token[j] < 0) x[j][v] = 0.f;
+          if (now.token[j] < 0 || !at.ok) x[j][v] = 0.f;
           a[j][v] = exp2_approx(x[j][v] * a2[v]);
           own[v].decay += x[j][v];
           own[v].h = a[j][v] * own[v].h + x[j][v] * f[v] * B;
@@ -348,13 +357,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
       for (int j = STEPS - 1; j >= 0; j--) {
         float g[VEC];
         unpack(now.dy[j], g);
-        const float C = to_float(now.C[j]);
+        const float C = now.c(j);
 #pragma unroll
         for (int v = 0; v < VEC; v++) back[v].h = a[j][v] * (C * g[v] + back[v].h);
       }
 #pragma unroll
       for (int v = 0; v < VEC; v++) own[v].decay = back[v].decay = exp2_approx(own[v].decay * a2[v]);
-      Link *forth_shared = totals + turn * 2 * MAX_WARPS * TILE_CHANNELS, *back_shared = forth_shared + MAX_WARPS * TILE_CHANNELS;
+      Link *forth_shared = totals + turn * 2 * WARPS * TILE_CHANNELS, *back_shared = forth_shared + WARPS * TILE_CHANNELS;
       publish<false>(at, own, forth_shared, before);
       publish<true>(at, back, back_shared, behind);
       __syncthreads();
@@ -366,20 +375,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
       for (int j = 0; j < STEPS; j++) {
         float f[VEC];
         unpack(now.u[j], f);
-        const float B = to_float(now.B[j]);
+        const float B = now.b(j);
 #pragma unroll
         for (int v = 0; v < VEC; v++) {
           h[j][v] = state[v];  // the state before step j
           state[v] = a[j][v] * state[v] + x[j][v] * f[v] * B;
         }
       }
+      const int row_bytes = p.K * p.channels * (int)sizeof(act_t);
+      const int64 image = ((int64)at.b * p.L * p.K + k) * p.channels + at.channel;
+      act_t *ddelta_k = p.ddelta + image, *du_k = p.du + image;
       float shared_sums[2 * STEPS];  // dB and dC of each step, over this thread's channels
 #pragma unroll
       for (int j = STEPS - 1; j >= 0; j--) {
         float f[VEC], gy[VEC], du[VEC], ddelta[VEC];
         unpack(now.u[j], f);
         unpack(now.dy[j], gy);
-        const float B = to_float(now.B[j]), C = to_float(now.C[j]);
+        const float B = now.b(j), C = now.c(j);
         shared_sums[2 * j] = shared_sums[2 * j + 1] = 0.f;
 #pragma unroll
         for (int v = 0; v < VEC; v++) {
@@ -392,15 +404,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
           du[v] = through * x[j][v] + skip[v] * gy[v];
           ddelta[v] = (r * A[v] + through * f[v]) * slope[j][v];
           dA[v] += r * x[j][v];
-          dskip[v] += gy[v] * f[v];
-          if (now.token[j] >= 0) dbias[v] += ddelta[v];
+          if (now.token[j] >= 0) { dskip[v] += gy[v] * f[v]; dbias[v] += ddelta[v]; }
         }
-        if (now.token[j] >= 0) {
-          if (at.ok) store_act<VEC>(p.ddelta + (((int64)at.b * p.L + now.row(j, first)) * p.K + k) * p.channels + at.channel, ddelta);
 #if MERGE
-          accumulate(tile, at, now.token[j], k, du);
-#else
-          if (at.ok) store_act<VEC>(p.du + (((int64)at.b * p.L + now.token[j]) * p.K + k) * p.channels + at.channel, du);
+        accumulate(tile, at, now.token[j], k, du);
+#endif
+        if (now.token[j] >= 0 && at.ok) {
+          store_act<VEC>(row_of(ddelta_k, now.row(j, first), row_bytes), ddelta);
+#if !MERGE
+          store_act<VEC>(row_of(du_k, now.token[j], row_bytes), du);
 #endif
         }
       }
@@ -411,7 +423,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
 #pragma unroll
       for (int i = 0; i < LEFT; i++) {
         const int s = first_sum + i, step = first + s / 2;
-        const int token = step < p.P ? p.order[(int64)k * p.P + step] : -1;
+        const int token = p.order[(int64)k * p.P + step];
         if (token >= 0 && at.lane % COPIES == 0) dBC[(int64)(STEP_ORDER ? step : token) * 2 + s % 2] = shared_sums[i];
       }
     }
@@ -428,14 +440,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
       }
       if (at.lane < GROUPS) {
         float* to = sums + at.warp * TILE_CHANNELS + at.column + v;
-        to[0] = dA[v]; to[MAX_WARPS * TILE_CHANNELS] = dskip[v]; to[2 * MAX_WARPS * TILE_CHANNELS] = dbias[v];
+        to[0] = dA[v]; to[WARPS * TILE_CHANNELS] = dskip[v]; to[2 * WARPS * TILE_CHANNELS] = dbias[v];
       }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < 3 * TILE_CHANNELS; i += blockDim.x) {
+    for (int i = threadIdx.x; i < 3 * TILE_CHANNELS; i += THREADS) {
       const int which = i / TILE_CHANNELS, column = i % TILE_CHANNELS, channel = at.tile * TILE_CHANNELS + column;
       float total = 0.f;
-      for (int w = 0; w < at.warps; w++) total += sums[(which * MAX_WARPS + w) * TILE_CHANNELS + column];
+      for (int w = 0; w < WARPS; w++) total += sums[(which * WARPS + w) * TILE_CHANNELS + column];
       if (channel < p.channels) p.dparams[(((int64)at.b * 3 + which) * p.K + k) * p.channels + channel] = total;
     }
     __syncthreads();

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -50,25 +50,27 @@ class Tiling:
         return self.steps * self.windows
 
 
+# By states (a power of two): the first tiling that gives every multiprocessor _WARPS_WANTED warps; where none does, the
+# path is cut into chunks.
 _FORWARD_TILINGS = {
-    1: Tiling(1, 1, 8, 1, 4),
-    2: Tiling(2, 1, 8, 1, 4),
-    4: Tiling(4, 1, 8, 1, 4),
-    8: Tiling(8, 1, 8, 1, 4),
-    16: Tiling(4, 4, 8, 1, 4),
-    32: Tiling(8, 4, 8, 1, 4),
-    64: Tiling(8, 4, 8, 1, 4),
+    1: [Tiling(1, 2, 8, 1, 4), Tiling(1, 1, 8, 1, 4)],
+    2: [Tiling(2, 2, 8, 1, 4), Tiling(2, 1, 8, 1, 4)],
+    4: [Tiling(4, 2, 8, 1, 4), Tiling(4, 1, 8, 1, 4)],
+    8: [Tiling(8, 2, 8, 1, 4), Tiling(8, 1, 8, 1, 4)],
+    16: [Tiling(8, 2, 8, 1, 4), Tiling(8, 1, 8, 1, 4)],
+    32: [Tiling(8, 4, 8, 1, 4), Tiling(8, 2, 8, 1, 4)],
+    64: [Tiling(8, 4, 8, 1, 4), Tiling(8, 2, 8, 1, 4)],
 }
 _BACKWARD_TILINGS = {
-    1: Tiling(1, 1, 16, 1, 4),
-    2: Tiling(2, 1, 8, 1, 4),
-    4: Tiling(4, 1, 8, 1, 4),
-    8: Tiling(4, 2, 8, 1, 4),
-    16: Tiling(4, 2, 8, 1, 4),
-    32: Tiling(4, 2, 8, 1, 4),
-    64: Tiling(4, 4, 4, 2, 4),
+    1: [Tiling(1, 1, 16, 1, 3)],
+    2: [Tiling(2, 1, 8, 1, 4)],
+    4: [Tiling(4, 1, 8, 1, 4)],
+    8: [Tiling(8, 1, 4, 2, 4, 3)],
+    16: [Tiling(8, 1, 4, 2, 4, 3)],
+    32: [Tiling(8, 2, 4, 2, 4)],
+    64: [Tiling(8, 2, 4, 2, 4)],
 }
-_WARPS_WANTED = {"forward": 16, "backward": 8}  # warps a multiprocessor below which long paths are cut into chunks
+_WARPS_WANTED = 6
 _MIN_CHUNK = 64
 
 
@@ -103,13 +105,6 @@ def macros(
     }
 
 
-def _vector_tiling(tiling: Tiling, states: int, vec: int) -> Tiling:
-    """Narrow a tile that one warp cannot stage one value at a time."""
-    while tiling.channels(states) // vec > 32:
-        tiling = Tiling(tiling.spt, tiling.cpt // 2, tiling.steps, tiling.windows, tiling.warps, tiling.min_blocks)
-    return tiling
-
-
 def _expanded_delta(delta: Tensor, dt_weight: Tensor | None) -> Tensor:
     """Expand a low-rank delta, (B, L, K, R), to the channels, (B, L, K, D)."""
     if dt_weight is None:
@@ -123,26 +118,36 @@ class _Scan(Call):
     def __init__(self, kind: str, *arguments, others=()):
         super().__init__(*arguments, others=others)
         table = _FORWARD_TILINGS if kind == "forward" else _BACKWARD_TILINGS
-        self.tiling = self._fit_warps(_vector_tiling(table[_padded(self.states)], self.states, self.vec))
-        width = self.tiling.warps * self.tiling.channels(self.states)
-        self.tiles = -(-self.channels // width)
-        self.chunks, self.chunk_steps = self._chunk(_WARPS_WANTED[kind])
+        tilings = [self._fit(tiling) for tiling in table[_padded(self.states)]]
+        wanted = _WARPS_WANTED * self.launcher.multiprocessors
+        self.tiling = next((tiling for tiling in tilings if self._warps(tiling) >= wanted), tilings[0])
+        self.tiles = self._tiles(self.tiling)
+        self.chunks, self.chunk_steps = self._chunk(wanted)
         self.blocks = self.batch * self.chunks * self.directions * self.tiles
         self.threads = 32 * self.tiling.warps
 
-    def _fit_warps(self, tiling: Tiling) -> Tiling:
-        """Use the number of warps a block, up to the tiling's, that leaves the fewest idle."""
+    def _tiles(self, tiling: Tiling) -> int:
+        return -(-self.channels // (tiling.warps * tiling.channels(self.states)))
+
+    def _warps(self, tiling: Tiling) -> int:
+        """Warps of an unchunked walk."""
+        return self.batch * self.directions * self._tiles(tiling) * tiling.warps
+
+    def _fit(self, tiling: Tiling) -> Tiling:
+        """Narrow the warps' channels to what a warp can stage, and leave as few warps of a block idle as can be."""
+        cpt = tiling.cpt
+        while 32 * tiling.spt // _padded(self.states) * cpt // self.vec > 32:
+            cpt //= 2
+        tiling = replace(tiling, cpt=cpt)
         needed = -(-self.channels // tiling.channels(self.states))
-        warps = min(range(tiling.warps, 0, -1), key=lambda w: -(-needed // w) * w)
-        return Tiling(tiling.spt, tiling.cpt, tiling.steps, tiling.windows, warps, tiling.min_blocks)
+        return replace(tiling, warps=min(range(tiling.warps, 0, -1), key=lambda warps: -(-needed // warps) * warps))
 
     def _chunk(self, warps_wanted: int) -> tuple[int, int]:
         """Choose the number of chunks and their steps: one chunk wherever the rows fill the device."""
         group = self.tiling.tile_steps
         whole = max(group, -(-self.num_steps // group) * group)
-        rows = self.batch * self.directions * self.tiles * self.tiling.warps
-        wanted = -(-self.launcher.multiprocessors * warps_wanted // max(1, rows))
-        if wanted < 2:
+        wanted = -(-2 * warps_wanted // max(1, self._warps(self.tiling)))
+        if self._warps(self.tiling) >= warps_wanted:
             return 1, whole
         steps = max(_MIN_CHUNK, -(-self.num_steps // wanted))
         steps = min(whole, -(-steps // group) * group)
@@ -286,8 +291,9 @@ def _supports(
         return f"takes float32, float16 and bfloat16, not {str(u.dtype).removeprefix('torch.')}"
     if A.shape[2] > _MAX_STATES:
         return f"takes up to {_MAX_STATES} states a channel, not {A.shape[2]}"
-    if any(stride > _INT32 for x in (u, delta, B, C, z) if x is not None for stride in x.stride()[1:]):
-        return "takes strides up to 2^31 elements between tokens"
+    activations = [x for x in (u, delta, B, C, z) if x is not None]
+    if any(stride * x.element_size() > _INT32 for x in activations for stride in x.stride()[1:]):
+        return "takes strides up to 2^31 bytes between tokens"
     if visits(path, tuple(grid)).repeats:
         return "takes paths whose directions visit a token at most once"
     return None

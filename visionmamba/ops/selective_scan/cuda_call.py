@@ -13,7 +13,7 @@ from .. import cuda_runtime
 from ..cuda_runtime import Arguments, pointer
 from ..scan_path import scan_order, scan_path
 
-__all__ = ["ACT", "Call", "Visits", "rows", "strides", "visits"]
+__all__ = ["ACT", "Call", "Visits", "padded_order", "rows", "strides", "visits"]
 
 ACT = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The kernels' macro ACT."""
@@ -45,10 +45,24 @@ def rows(x: Tensor | None) -> Tensor | None:
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Strides along batch, tokens and directions; 0 for the directions of a tensor that they share."""
+    """Return strides along batch (elements), tokens (bytes) and directions (elements; 0 if they share the tensor)."""
     if x is None:
         return 0, 0, 0
-    return (*x.stride()[:2], 0) if x.dim() == 3 else x.stride()[:3]
+    return x.stride(0), x.stride(1) * x.element_size(), 0 if x.dim() == 3 else x.stride(2)
+
+
+@lru_cache(maxsize=1024)
+def padded_order(path: str, grid: tuple[int, ...], device: torch.device, steps: int) -> Tensor:
+    """Return the path's index table with ``steps`` columns, -1 past its own.
+
+    Args:
+        path: Scan path.
+        grid: Its grid.
+        device: Where the table is needed.
+        steps: Columns, at least the path's.
+    """
+    order = scan_order(path, grid, device)
+    return torch.nn.functional.pad(order, (0, steps - order.shape[1]), value=-1)
 
 
 def _vector(channels: int, states: int, channel_rows: list[Tensor | None], state_rows: list[Tensor]) -> int:
@@ -77,9 +91,10 @@ class Call:
         self.directions, self.channels, self.states = A.shape
         self.u, self.delta, self.B, self.C = (rows(x) for x in (u, delta, B, C))
         self.A, self.D, self.bias = (x if x is None else x.float().contiguous() for x in (A, D, delta_bias))
-        self.order = scan_order(path, tuple(grid), u.device)
+        self.path, self.grid = path, tuple(grid)
+        self.order = scan_order(path, self.grid, u.device)
         self.num_steps = self.order.shape[1]
-        self.visits = visits(path, tuple(grid))
+        self.visits = visits(path, self.grid)
         self.flags = {"SOFTPLUS": int(delta_softplus), "STEP_ORDER": int(in_step_order)}
         self.launcher = cuda_runtime.launcher(u.device)
         self.vec = _vector(self.channels, self.states, [self.u, self.delta, *others], [self.B, self.C])
@@ -105,7 +120,7 @@ class Call:
     def merged(self, partial: Tensor, z: Tensor | None = None) -> Tensor:
         """Sum (B, L, K, D) over the directions, and multiply by silu(z)."""
         y = self.empty(self.batch, self.num_tokens, self.channels, dtype=self.u.dtype)
-        z_b, z_l, _ = strides(z)
+        z_b, z_l = (0, 0) if z is None else z.stride()[:2]
         vec = 4 if self.channels % 4 == 0 else 1
         rows = self.batch * self.num_tokens
         arguments = Arguments(

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ..cuda_runtime import Arguments, Launcher, pointer
-from .cuda_call import ACT, Call, strides
+from .cuda_call import ACT, Call, padded_order, strides
 
 __all__ = ["TilePlan", "backward", "forward", "macros", "plan"]
 
 _FILE = "tile_scan.cu"
-_STEPS = {"forward": 8, "backward": 4}
+_STEPS = {"forward": 8, "backward": 8}
 _WIDTHS = (16, 8)  # channels a block, best first
-_MAX_THREADS = 512
+_MAX_THREADS = 384
 _MAX_ROUNDS = 64
 
 
@@ -63,7 +63,7 @@ def plan(
         chunks = -(-num_steps // (rounds * steps))
         threads = -(-chunks * lanes // 64) * 64
         words = 4 * threads // 32 * width if kind == "forward" else 11 * threads // 32 * width + rounds * width
-        shared_bytes = 4 * (words + (num_tokens * width if merge else 0))
+        shared_bytes = 4 * (words + ((num_tokens + 1) * width if merge else 0))
         if shared_bytes <= launcher.shared_bytes:
             few = 2 * blocks < launcher.multiprocessors and num_steps > _MAX_THREADS
             return (
@@ -93,9 +93,11 @@ def macros(
 def _run(call: Call, tile: TilePlan, name: str, merge: bool, gate: bool, activations, tensors) -> None:
     flat = [strides(x) for x in (call.u, call.delta, call.B, call.C, *activations)]
     u, delta, B, C, z, dy = map(pointer, (call.u, call.delta, call.B, call.C, *activations))
-    parameters = map(pointer, (call.A, call.D, call.bias, call.order, *tensors))
+    steps = tile.rounds * tile.threads * call.vec // tile.channels * tile.steps
+    order = padded_order(call.path, call.grid, call.u.device, steps)
+    parameters = map(pointer, (call.A, call.D, call.bias, order, *tensors))
     wide = (u, delta, B, C, z, dy, *parameters, *(stride[0] for stride in flat))
-    sizes = (call.num_tokens, call.num_steps, call.channels, call.directions, -(-call.channels // tile.channels))
+    sizes = (call.num_tokens, steps, call.channels, call.directions, -(-call.channels // tile.channels))
     narrow = (*(value for stride in flat for value in stride[1:]), *sizes, tile.rounds)
     specialisation = macros(
         call.u.dtype, tile, call.vec, call.flags, merge=merge, complete=call.visits.complete, gate=gate
