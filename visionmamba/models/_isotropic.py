@@ -62,6 +62,8 @@ class IsotropicModel(nn.Module):
         dtype: Their dtype.
     """
 
+    feature_dim = -1  # of forward_features' output
+
     def __init__(
         self,
         patch_embed: nn.Module,

@@ -87,10 +87,9 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), C)``, padding an odd side with zeros."""
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
-        # channel-major neighbourhoods (C, 2, 2), unlike Swin's
-        return self.reduction(self.norm(x.permute(0, 1, 3, 5, 2, 4).flatten(3)))
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2)).permute(0, 3, 1, 2)
+        x = F.pixel_unshuffle(x, 2)  # neighbourhoods are channel-major, (C, 2, 2), unlike Swin's
+        return self.reduction(self.norm(x.permute(0, 2, 3, 1)))
 
 
 class MambaNDBlock(nn.Module):
@@ -193,7 +192,7 @@ class MambaND(IsotropicModel):
         global_pool: ``avg``, ``max``, ``avgmax`` or empty for none.
         embed_dim: Channels of the tokens, C.
         depth: Number of blocks.
-        paths: Scan path of each block, or a cycle of them that divides ``depth``; by default the family's.
+        paths: Scan path of each block, or a cycle of them that divides ``depth``; the family's cycle if absent.
         downsample_layers: Blocks after which the grid is halved (images only).
         d_state: States a channel, N.
         pad_input: Pad the input's end to whole patches; otherwise what does not fill a patch is not read. The authors
@@ -243,7 +242,7 @@ class MambaND(IsotropicModel):
         rank = 2 if num_frames is None else 3
         if downsample_layers and rank != 2:
             raise ValueError(f"downsample_layers: expected none for clips, got {downsample_layers}")
-        paths = _block_paths(paths or (IMAGE_PATHS if rank == 2 else VIDEO_PATHS), depth, rank)
+        paths = _block_paths(paths, depth, rank)
         rates = calculate_drop_path_rates(drop_path_rate, depth)
         blocks = [
             MambaNDBlock(
@@ -280,8 +279,6 @@ class MambaND(IsotropicModel):
         self.num_frames, self.inflate_copies = num_frames, inflate_copies
         if rank == 2:
             self.output_fmt = "NHWC"
-        else:
-            self.feature_dim = -1
         self.head_init_std = head_init_std
         if not self.pos_embed.is_meta:
             self.init_weights(needs_reset=False)
@@ -314,9 +311,11 @@ class MambaND(IsotropicModel):
         self._resize((*frames, *size), num_frames=self.num_frames)
 
 
-def _block_paths(paths: tuple[str, ...], depth: int, rank: int) -> list[str]:
-    """Return the path of each block from a list or a cycle of them."""
-    if not paths or depth % len(paths):
+def _block_paths(paths: tuple[str, ...] | None, depth: int, rank: int) -> list[str]:
+    """Return the path of each block from a list or a cycle of them; the family's own cycle may end anywhere."""
+    if paths is None:
+        paths = IMAGE_PATHS if rank == 2 else VIDEO_PATHS
+    elif not paths or depth % len(paths):
         raise ValueError(f"paths: expected {depth} (one a block) or a cycle that divides {depth}, got {len(paths)}")
     for path in paths:
         if scan_path(path, (3,) * rank).num_tokens != 3**rank:
@@ -441,8 +440,8 @@ def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
 
 
 def _video_cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
-    # timm adapts no 3-D convolution to other channels: the filter does
-    return _cfg(file, **{"first_conv": None, "pool_size": None, "num_classes": 400, **kwargs})
+    # no first_conv: timm adapts 2-D convolutions to other channels, the filter does clips
+    return _cfg(file, **{"first_conv": (), "pool_size": None, "num_classes": 400, **kwargs})
 
 
 default_cfgs = generate_default_cfgs(
