@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import cuda_runtime
-from ..cuda_runtime import Arguments, pointer
+from ..cuda_runtime import Arguments, Launcher, pointer
 from ..scan_path import scan_order, scan_path
 
-__all__ = ["ACT", "Call", "Visits", "padded_order", "rows", "strides", "visits"]
+__all__ = ["ACT", "Call", "Visits", "merge_directions", "padded_order", "rows", "strides", "sum_rows", "visits"]
 
 ACT = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The kernels' macro ACT."""
@@ -74,6 +74,40 @@ def _vector(channels: int, states: int, channel_rows: list[Tensor | None], state
     return 2 if aligned and channels % 2 == 0 else 1
 
 
+def merge_directions(launcher: Launcher, partial: Tensor, dtype: torch.dtype, z: Tensor | None = None) -> Tensor:
+    """Sum float32 parts over the directions, and multiply by silu(z).
+
+    Args:
+        launcher: The device.
+        partial: ``(B, L, K, D)``, contiguous.
+        dtype: The result's dtype, and that of ``z``.
+        z: ``(B, L, D)``.
+
+    Returns:
+        ``(B, L, D)``.
+    """
+    batch, num_tokens, directions, channels = partial.shape
+    y = torch.empty((batch, num_tokens, channels), dtype=dtype, device=partial.device)
+    z_b, z_l = (0, 0) if z is None else z.stride()[:2]
+    vec = 4 if channels % 4 == 0 else 1
+    count = batch * num_tokens
+    arguments = Arguments(
+        (pointer(partial), pointer(z), pointer(y), count, z_b), (directions, channels, num_tokens, z_l)
+    )
+    blocks = -(-count * channels // (vec * 256))
+    launcher.run("merge.cu", f"merge_directions_{vec}", {"ACT": ACT[dtype]}, blocks, 256, arguments)
+    return y
+
+
+def sum_rows(launcher: Launcher, partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum a float32 matrix over its rows, in a fixed order; ``dtype`` only chooses a compiled file."""
+    count, width = partial.shape
+    out = torch.empty(width, device=partial.device)
+    arguments = Arguments((pointer(partial), pointer(out), count, width), ())
+    launcher.run("merge.cu", "reduce_rows", {"ACT": ACT[dtype]}, -(-width // 32), 256, arguments)
+    return out
+
+
 class Call:
     """One call: shapes, contiguous rows, float32 parameters, and the results' allocation and second stages.
 
@@ -119,17 +153,7 @@ class Call:
 
     def merged(self, partial: Tensor, z: Tensor | None = None) -> Tensor:
         """Sum (B, L, K, D) over the directions, and multiply by silu(z)."""
-        y = self.empty(self.batch, self.num_tokens, self.channels, dtype=self.u.dtype)
-        z_b, z_l = (0, 0) if z is None else z.stride()[:2]
-        vec = 4 if self.channels % 4 == 0 else 1
-        rows = self.batch * self.num_tokens
-        arguments = Arguments(
-            (pointer(partial), pointer(z), pointer(y), rows, z_b),
-            (self.directions, self.channels, self.num_tokens, z_l),
-        )
-        blocks = -(-rows * self.channels // (vec * 256))
-        self._merge_kernel(f"merge_directions_{vec}", blocks, arguments)
-        return y
+        return merge_directions(self.launcher, partial, self.u.dtype, z)
 
     def projections(self, partial: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
         """Sum the channel blocks' (B, K, tiles, L, 2N) to dB and dC, (B, L, K, N)."""
@@ -143,9 +167,7 @@ class Call:
 
     def parameters(self, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sum the chunks' (B chunks, K D (N + 2)) to dA, dD and dbias."""
-        rows, width = partial.shape
-        out = self.empty(width)
-        self._merge_kernel("reduce_rows", -(-width // 32), Arguments((pointer(partial), pointer(out), rows, width), ()))
+        out = sum_rows(self.launcher, partial, self.u.dtype)
         shape = (self.directions, self.channels)
         split = self.directions * self.channels
         dA, dD, dbias = out.split([split * self.states, split, split])
