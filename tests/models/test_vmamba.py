@@ -293,6 +293,27 @@ def test_export_with_dynamic_batch():
         torch.testing.assert_close(exported.module()(x), model(x), atol=1e-5, rtol=1e-5)
 
 
+def test_export_with_dynamic_image_size():
+    model, auto = micro(), torch.export.Dim.AUTO
+    exported = torch.export.export(model, (image(2, 3, 32, 64),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    x = image(3, 3, 64, 96)
+    torch.testing.assert_close(exported.module()(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(ssm="cascade", gate="act"),
+        dict(ssm="multi_head", out_norm="layer_dwconv"),
+        dict(patch_embed="patch", downsample="merge", mlp_ratio=0.0, pos_embed=True, img_size=32),
+    ],
+    ids=str,
+)
+def test_scripted_variants_give_the_eager_result(kwargs):
+    model, x = micro(scriptable=True, **kwargs), image(2, 3, 40, 32)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x), atol=1e-5, rtol=1e-5)
+
+
 def test_published_weights_are_documented():
     for name in NAMES:
         cfg = timm.get_pretrained_cfg(name)
