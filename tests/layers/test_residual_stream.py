@@ -36,13 +36,13 @@ def test_norms_compute_in_the_streams_dtype(norm_layer, dtype):
 @pytest.mark.parametrize("rope", ["", "mixer", "stream"])
 def test_blocks_are_add_norm_mix(rope):
     """A chain of blocks is the authors' recursion over pairs (hidden, residual), which rotates before it adds."""
-    mixers = [nn.Linear(8, 8) for _ in range(3)]
+    linears = [nn.Linear(8, 8) for _ in range(3)]
     norms = [StreamRMSNorm(8) for _ in range(3)]
     table = axial_rope_table(8, [2, 3])
     x = torch.randn(2, 6, 8)
 
     hidden, residual = x, None
-    for mixer, norm in zip(mixers, norms, strict=True):
+    for mixer, norm in zip(linears, norms, strict=True):
         if rope:
             hidden = apply_rope(hidden, table)
         if rope == "stream" and residual is not None:
@@ -51,9 +51,9 @@ def test_blocks_are_add_norm_mix(rope):
         hidden = 0.5 * mixer(norm(residual))
 
     stream = apply_rope(x, table) if rope else x
-    for i, (mixer, norm) in enumerate(zip(mixers, norms, strict=True)):
-        block = ResidualBlock(mixer, norm, scale=0.5, rope=rope if i < 2 else "")
-        stream, mixed = block.step(stream, table)
+    for i, (linear, norm) in enumerate(zip(linears, norms, strict=True)):
+        block = ResidualBlock(lambda x, grid, linear=linear: linear(x), norm, scale=0.5, rope=rope if i < 2 else "")
+        stream, mixed = block.step(stream, [2, 3], table)
     torch.testing.assert_close(stream, residual + hidden)
     torch.testing.assert_close(0.5 * mixed, hidden)
 

@@ -277,7 +277,7 @@ def test_reversed_mixer_is_the_mixer_of_the_reversed_sequence(directions):
     reverse = VimMixer(16, d_state=4, directions=directions, reverse=True)
     reverse.load_state_dict(mixer.state_dict())
     x = torch.randn(2, 11, 16)
-    torch.testing.assert_close(reverse(x), mixer(x.flip(1)).flip(1))
+    torch.testing.assert_close(reverse(x, [11]), mixer(x.flip(1), [11]).flip(1))
 
 
 def test_tied_directions_are_separate_ones_on_the_forward_convolution():
@@ -292,7 +292,7 @@ def test_tied_directions_are_separate_ones_on_the_forward_convolution():
         state_dict[name] = value.expand_as(state_dict[name])
     separate.load_state_dict(state_dict)
     x = torch.randn(2, 11, 16)
-    torch.testing.assert_close(tied(x), separate(x))
+    torch.testing.assert_close(tied(x, [11]), separate(x, [11]))
 
 
 def test_pools_without_a_class_token():
@@ -466,3 +466,39 @@ def test_export_with_a_dynamic_batch():
     program = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes={"x": {0: batch}})
     x = torch.randn(5, 3, 64, 64)
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_pretrained_weights_fit_other_channels_classes_and_feature_extraction():
+    model = timm.create_model("test_vim").eval()
+    official = official_state_dict(model.state_dict(), model)
+    grey = build(official, in_chans=1, num_classes=10)
+    torch.testing.assert_close(grey.patch_embed.proj.weight, model.patch_embed.proj.weight.sum(1, keepdim=True))
+    assert grey(torch.zeros(1, 1, 64, 64)).shape == (1, 10)
+    x = torch.randn(1, 3, 64, 64)
+    features = build(official, features_only=True, out_indices=(0, 2))(x)
+    expected = model.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
+    for feature, other in zip(features, expected, strict=True):
+        assert feature.shape == (1, 64, 8, 8)
+        torch.testing.assert_close(feature, other)
+
+
+@pytest.mark.parametrize(("rope_skip", "still"), [("first", [0, 1]), ("class", [0, 32])])
+def test_tokens_that_rope_skips(rope_skip, still):
+    """The skipped token, and the patch at the origin, whose angles are 0."""
+    model = timm.create_model("test_vim", rope="stream", rope_skip=rope_skip, depth=1).eval()
+    rotated = record_streams(model)
+    x = torch.randn(1, 3, 64, 64)
+    model(x)
+    plain = timm.create_model("test_vim", depth=1).eval()
+    plain.load_state_dict(model.state_dict())
+    unrotated = record_streams(plain)
+    plain(x)
+    moved = (rotated["layers.0.residual"] - unrotated["layers.0.residual"]).abs().amax(-1)[0] > 1e-6
+    assert (~moved).nonzero().flatten().tolist() == still
+
+
+def test_a_stream_without_final_norm_leaves_in_the_parameters_dtype():
+    model = timm.create_model("test_vim", final_norm=False, class_token="", global_pool="avg").bfloat16().eval()
+    x = torch.randn(1, 3, 64, 64).bfloat16()
+    assert model.forward_features(x).dtype == torch.bfloat16
+    assert model(x).shape == (1, 1000)

@@ -49,7 +49,7 @@ class ResidualBlock(nn.Module):
     """``x + scale * mixer(norm(x))`` over tokens ``(B, L, C)``, and a rotation of the sum where asked for.
 
     Args:
-        mixer: Maps tokens ``(B, L, C)`` to the same shape.
+        mixer: Maps tokens ``(B, L, C)`` and the size of the patch grid to tokens.
         norm: Norm of the residual stream, see :data:`STREAM_NORMS`.
         drop_path: Rate of stochastic depth of the mixer's output.
         scale: Factor of the mixer's output; it costs nothing in the sum.
@@ -67,14 +67,17 @@ class ResidualBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.scale, self.rope = scale, rope
 
-    def step(self, x: torch.Tensor, table: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        self, x: torch.Tensor, grid: list[int], table: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the residual stream after this block, and the mixer's output without ``scale``.
 
         Args:
             x: Residual stream, ``(B, L, C)``.
+            grid: (rows, columns) of the patches.
             table: Rotation, see :func:`visionmamba.layers.apply_rope`.
         """
-        mixed = self.mixer(self.norm(x))
+        mixed = self.mixer(self.norm(x), grid)
         added = self.drop_path(mixed)
         if table is not None and self.rope == "mixer":
             added = apply_rope(added, table)
@@ -83,6 +86,6 @@ class ResidualBlock(nn.Module):
             x = apply_rope(x, table)
         return x, mixed
 
-    def forward(self, x: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
-        """Transform the residual stream ``(B, L, C)``."""
-        return self.step(x, table)[0]
+    def forward(self, x: torch.Tensor, grid: list[int], table: torch.Tensor | None = None) -> torch.Tensor:
+        """Transform the residual stream ``(B, L, C)``; see :meth:`step`."""
+        return self.step(x, grid, table)[0]

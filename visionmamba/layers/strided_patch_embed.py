@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import lecun_normal_, register_notrace_function, to_2tuple
 
 __all__ = ["StridedPatchEmbed"]
@@ -21,7 +22,7 @@ def _check_size(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
 class StridedPatchEmbed(nn.Module):
     """One convolution from an image to a sequence of patch tokens in raster order.
 
-    Pixels that do not fill a patch at the right and the bottom are not read.
+    Pixels that do not fill a patch at the right and the bottom are not read, unless the image is padded there.
 
     Args:
         img_size: Image size, (height, width) or one for both.
@@ -30,6 +31,7 @@ class StridedPatchEmbed(nn.Module):
         in_chans: Channels of the image.
         embed_dim: Channels of the tokens, C.
         strict_img_size: Take images of ``img_size`` only.
+        pad: Pad images with zeros at the right and the bottom to whole patches.
         device: Where to create the parameters.
         dtype: Their dtype.
     """
@@ -42,12 +44,13 @@ class StridedPatchEmbed(nn.Module):
         in_chans: int = 3,
         embed_dim: int = 768,
         strict_img_size: bool = True,
+        pad: bool = False,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         self.patch_size, self.stride = to_2tuple(patch_size), to_2tuple(stride or patch_size)
-        self.strict_img_size = strict_img_size
+        self.strict_img_size, self.pad = strict_img_size, pad
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, device=device, dtype=dtype)
         self.set_input_size(img_size)
 
@@ -70,13 +73,20 @@ class StridedPatchEmbed(nn.Module):
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Return the patch grid, (rows, columns), of an image size."""
+        height, width = img_size
+        if self.pad:
+            height, width = height + self.stride[0] - 1, width + self.stride[1] - 1
         return (
-            (img_size[0] - self.patch_size[0]) // self.stride[0] + 1,
-            (img_size[1] - self.patch_size[1]) // self.stride[1] + 1,
+            (height - self.patch_size[0]) // self.stride[0] + 1,
+            (width - self.patch_size[1]) // self.stride[1] + 1,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Embed images ``(B, in_chans, height, width)`` as ``(B, L, C)``."""
         if self.strict_img_size:
             x = _check_size(x, self.img_size[0], self.img_size[1])
+        if self.pad:
+            bottom = (self.patch_size[0] - x.shape[2]) % self.stride[0]
+            right = (self.patch_size[1] - x.shape[3]) % self.stride[1]
+            x = F.pad(x, [0, right, 0, bottom])
         return self.proj(x).flatten(2).transpose(1, 2)

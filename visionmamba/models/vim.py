@@ -129,8 +129,8 @@ class VimMixer(nn.Module):
         self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
         self.layer_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Mix tokens ``(B, L, C)``."""
+    def forward(self, x: torch.Tensor, grid: list[int]) -> torch.Tensor:
+        """Mix tokens ``(B, L, C)``, a sequence whatever their ``grid`` is."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         return self.layer_scale(self.out_proj(self.ssm(x, z, [x.shape[1]])))
 
@@ -148,15 +148,17 @@ class BlockPair(nn.Module):
         self.first, self.second = first, second
         self.scale = first.scale
 
-    def step(self, x: torch.Tensor, table: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        self, x: torch.Tensor, grid: list[int], table: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what :meth:`ResidualBlock.step` does, summed over both blocks."""
-        first, first_h = self.first.step(x, table)
-        second, second_h = self.second.step(x, table)
+        first, first_h = self.first.step(x, grid, table)
+        second, second_h = self.second.step(x, grid, table)
         return first + second, first_h + second_h
 
-    def forward(self, x: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, grid: list[int], table: torch.Tensor | None = None) -> torch.Tensor:
         """Transform the residual stream ``(B, L, C)``."""
-        return self.first(x, table) + self.second(x, table)
+        return self.first(x, grid, table) + self.second(x, grid, table)
 
 
 class Vim(nn.Module):
@@ -179,6 +181,7 @@ class Vim(nn.Module):
             the published fine-tuned models were made with and which mistakes the middle class token's row for a
             patch's, or ``"aligned"``. Sizes that change after construction are always aligned.
         dynamic_img_size: Take images of any size, resizing the position embedding on the fly.
+        dynamic_img_pad: Pad images with zeros at the right and the bottom to whole patches, instead of cropping them.
         rope: Rotary embedding before each block, ``"stream"`` of the residual stream, ``"mixer"`` of what the last
             block added to it, or ``""``.
         rope_skip: Tokens without rotation: ``"first"``, as many first tokens as there are class tokens, which is wrong
@@ -223,6 +226,7 @@ class Vim(nn.Module):
         pos_embed: bool = True,
         pos_embed_resize: str = "official",
         dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
         rope: str = "",
         rope_skip: str = "first",
         rope_reference_size: int = 14,
@@ -267,7 +271,7 @@ class Vim(nn.Module):
         self.feature_stream, self.grad_checkpointing = feature_stream, False
 
         self.patch_embed = StridedPatchEmbed(
-            img_size, patch_size, stride, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
+            img_size, patch_size, stride, in_chans, embed_dim, not dynamic_img_size, dynamic_img_pad, **dd
         )
         tokens = self.num_class_tokens
         self.cls_token = nn.Parameter(torch.empty(1, tokens, embed_dim, **dd)) if tokens else None
@@ -276,13 +280,13 @@ class Vim(nn.Module):
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
         mixer = dict(
-            expand=expand, d_state=d_state, d_conv=d_conv, dt_rank=dt_rank, directions=directions,
+            dim=embed_dim, expand=expand, d_state=d_state, d_conv=d_conv, dt_rank=dt_rank, directions=directions,
             layer_scale=layer_scale, **dd,
         )  # fmt: skip
         last = depth - (2 if paired else 1)  # nothing reads the stream's rotation after the last block
         blocks = [
             ResidualBlock(
-                VimMixer(embed_dim, reverse=paired and i % 2 == 1, **mixer),
+                self.create_mixer(i, reverse=paired and i % 2 == 1, **mixer),
                 STREAM_NORMS[norm](embed_dim, eps=norm_eps, **dd),
                 drop_path=rate,
                 scale=0.5 if directions == "mean" else 1.0,
@@ -302,6 +306,10 @@ class Vim(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         if not self.patch_embed.proj.weight.is_meta:
             self.init_weights(needs_reset=False)
+
+    def create_mixer(self, index: int, **mixer: Any) -> nn.Module:
+        """Return the token mixer of a block; families with their own override this."""
+        return VimMixer(**mixer)
 
     def _check_pool(self, global_pool: str) -> str:
         _check_choice("global_pool", global_pool, _POOLS)
@@ -394,8 +402,8 @@ class Vim(nn.Module):
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
         update_model_input_size(self, self.patch_embed.img_size)
 
-    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the first block's input ``(B, L, C)``, and the rotary embedding's table if there is one."""
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int], torch.Tensor | None]:
+        """Return the first block's input ``(B, L, C)``, the patch grid, and the rotary embedding's table if any."""
         rows, columns = self.patch_embed.grid_size
         pos_embed = self.pos_embed
         if self.dynamic_img_size and not torch.jit.is_scripting():
@@ -409,13 +417,18 @@ class Vim(nn.Module):
         x = self.pos_drop(x)
         if self.residual_in_float32:
             x = widen(x)
+        grid = [rows, columns]
         if self.rope == "":
-            return x, None
-        unrotated = class_token_indices(self.class_token, rows * columns)
+            return x, grid, None
+        table = self._rope_table(grid, x.device)
+        return apply_rope(x, table), grid, table
+
+    def _rope_table(self, grid: list[int], device: torch.device) -> torch.Tensor:
+        """Return the rotary embedding's table for a patch grid, see :func:`visionmamba.layers.axial_rope_table`."""
+        unrotated = class_token_indices(self.class_token, grid[0] * grid[1])
         if self.rope_skip == "first":
             unrotated = list(range(len(unrotated)))
-        table = axial_rope_table(self.embed_dim, [rows, columns], unrotated, self.rope_reference_size, device=x.device)
-        return apply_rope(x, table), table
+        return axial_rope_table(self.embed_dim, grid, unrotated, self.rope_reference_size, device=device)
 
     def _pos_embed_for(self, grid: tuple[int, int]) -> torch.Tensor | None:
         if self.pos_embed is None or grid == self.patch_embed.grid_size:
@@ -451,17 +464,17 @@ class Vim(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: expected NCHW or NLC, got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
-        x, table = self._embed(x)
+        checkpointing = self.grad_checkpointing and not torch.jit.is_scripting()
+        x, grid, table = self._embed(x)
         intermediates = []
         for i, block in enumerate(blocks):
             feature = x
             if self.feature_stream == "mixer":
-                x, feature = checkpoint(block.step, x, table) if self.grad_checkpointing else block.step(x, table)
+                x, feature = checkpoint(block.step, x, grid, table) if checkpointing else block.step(x, grid, table)
                 feature = feature * block.scale
             else:
-                x = feature = checkpoint(block, x, table) if self.grad_checkpointing else block(x, table)
+                x = feature = checkpoint(block, x, grid, table) if checkpointing else block(x, grid, table)
             if i in take_indices:
                 intermediates.append(self._finish(feature) if norm else self._narrow(feature))
         features = [remove_class_token(feature, self.class_token) for feature in intermediates]
@@ -503,12 +516,12 @@ class Vim(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Return the normalised tokens of the last block, class tokens included, ``(B, L, C)``."""
-        x, table = self._embed(x)
+        x, grid, table = self._embed(x)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, table)
+                x = checkpoint(block, x, grid, table)
             else:
-                x = block(x, table)
+                x = block(x, grid, table)
         return self._finish(x)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
