@@ -296,7 +296,7 @@ class Vim(nn.Module):
         ]
         if paired:
             blocks = [BlockPair(*pair) for pair in zip(blocks[::2], blocks[1::2], strict=True)]
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.ModuleList(blocks)
         self.feature_info = [
             dict(num_chs=embed_dim, reduction=self.patch_embed.feat_ratio(), module=f"blocks.{i}")
             for i in range(len(blocks))
