@@ -153,9 +153,13 @@ def _offline(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("_offline")
-def test_offline_machine_is_told_what_to_fetch(run, images):
-    error = _one_line_error(run("predict", images[0], "--model", "vmamba_tiny_s1l8"))
-    assert timm.get_pretrained_cfg("vmamba_tiny_s1l8").url in error
+@pytest.mark.parametrize("model", ["vmamba_tiny_s1l8", "vim_tiny_patch16_224"])
+def test_offline_machine_is_told_what_to_fetch(run, images, model):
+    """From a web address, and from the Hugging Face hub."""
+    error = _one_line_error(run("predict", images[0], "--model", model))
+    cfg = timm.get_pretrained_cfg(model)
+    assert (cfg.hf_hub_id or cfg.url) in error
+    assert (cfg.hf_hub_filename or "") in error
     assert "--checkpoint" in error
 
 

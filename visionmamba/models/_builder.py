@@ -40,9 +40,12 @@ def _fetch(cfg: PretrainedCfg, variant: str) -> str:
     """Return a local copy of a model's published weights, downloading it if need be."""
     try:
         if cfg.hf_hub_id:
-            from huggingface_hub import hf_hub_download
+            from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-            return hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+            file = (cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+            if not isinstance(try_to_load_from_cache(*file), str):
+                get_hf_file_metadata(hf_hub_url(*file))  # fails at once offline, where the download retries for long
+            return hf_hub_download(*file)
         from timm.models._hub import download_cached_file
 
         return download_cached_file(cfg.url, check_hash=False, progress=True)
