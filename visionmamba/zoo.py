@@ -58,8 +58,8 @@ def published_top1(cfg: dict[str, Any]) -> float | None:
 def weights_source(cfg: dict[str, Any]) -> str | None:
     """Return where a pretrained cfg's weights are fetched from, or None if its authors published none."""
     if cfg.get("hf_hub_id"):
-        filename = cfg.get("hf_hub_filename") or "model.safetensors"
-        return f"https://huggingface.co/{cfg['hf_hub_id']}/resolve/main/{filename}"
+        page, filename = f"https://huggingface.co/{cfg['hf_hub_id']}", cfg.get("hf_hub_filename")
+        return f"{page}/resolve/main/{filename}" if filename else page
     return cfg.get("url") or None
 
 
