@@ -21,6 +21,7 @@ __all__ = ["WeightsUnavailableError", "build_model", "family_modules"]
 
 _logger = logging.getLogger(__name__)
 _MAX_NAMED_KEYS = 5
+_CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".pth.tar", ".bin")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -36,13 +37,23 @@ def family_modules() -> list[str]:
     return list(FAMILIES)
 
 
+def _only_checkpoint(hf_hub_id: str) -> str:
+    """Return the one checkpoint in a repository whose authors do not say its name."""
+    from huggingface_hub import list_repo_files
+
+    files = [name for name in list_repo_files(hf_hub_id) if name.endswith(_CHECKPOINT_SUFFIXES)]
+    if len(files) != 1:
+        raise FileNotFoundError(f"{hf_hub_id}: expected one checkpoint, found {files}")
+    return files[0]
+
+
 def _fetch(cfg: PretrainedCfg, variant: str) -> str:
     """Return a local copy of a model's published weights, downloading it if need be."""
     try:
         if cfg.hf_hub_id:
             from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-            file = (cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+            file = (cfg.hf_hub_id, cfg.hf_hub_filename or _only_checkpoint(cfg.hf_hub_id))
             if not isinstance(try_to_load_from_cache(*file), str):
                 get_hf_file_metadata(hf_hub_url(*file))  # fails at once offline, where the download retries for long
             return hf_hub_download(*file)
@@ -50,7 +61,8 @@ def _fetch(cfg: PretrainedCfg, variant: str) -> str:
 
         return download_cached_file(cfg.url, check_hash=False, progress=True)
     except Exception as error:
-        where = f"{cfg.hf_hub_filename} of https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
+        page = f"https://huggingface.co/{cfg.hf_hub_id}"
+        where = f"{cfg.hf_hub_filename or 'the checkpoint'} of {page}" if cfg.hf_hub_id else cfg.url
         raise WeightsUnavailableError(
             f"{variant}: the weights could not be downloaded ({type(error).__name__}). Fetch {where} on a machine that "
             "is online and pass it: create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=PATH)), or "
