@@ -39,9 +39,10 @@ def family_modules() -> list[str]:
 
 def _only_checkpoint(hf_hub_id: str) -> str:
     """Return the one checkpoint in a repository whose authors do not say its name."""
-    from huggingface_hub import list_repo_files
+    from huggingface_hub import model_info
 
-    files = [name for name in list_repo_files(hf_hub_id) if name.endswith(_CHECKPOINT_SUFFIXES)]
+    names = [sibling.rfilename for sibling in model_info(hf_hub_id, timeout=10).siblings or ()]
+    files = [name for name in names if name.endswith(_CHECKPOINT_SUFFIXES)]
     if len(files) != 1:
         raise FileNotFoundError(f"{hf_hub_id}: expected one checkpoint, found {files}")
     return files[0]
