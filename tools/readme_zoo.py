@@ -20,6 +20,10 @@ HEADER = ("| Model | Params (M) | Top-1 (%) | Weights |", "|---|--:|--:|---|")
 
 
 def _row(summary: ModelSummary) -> str:
+    """Return a model's row; the one in the README if the model cannot be built without a package that is missing."""
+    if summary.params is None:
+        rows = README.read_text(encoding="utf-8").splitlines()
+        return next((row for row in rows if row.startswith(f"| `{summary.name}` |")), f"| `{summary.name}` | | | |")
     top1 = "" if summary.top1 is None else f"{summary.top1:.1f}"
     weights = f"[authors']({summary.weights})" if summary.weights else ""
     return f"| `{summary.name}` | {summary.params / 1e6:.2f} | {top1} | {weights} |"

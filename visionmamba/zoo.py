@@ -17,14 +17,14 @@ class ModelSummary:
     Args:
         name: Name for ``timm.create_model``.
         family: Module of :mod:`visionmamba.models` that defines it.
-        params: Number of parameters.
+        params: Number of parameters; None if the model needs a package that is not installed.
         top1: Published top-1 accuracy in per cent on the data that the weights were evaluated on, if any.
         weights: Where the authors publish the weights, if they do.
     """
 
     name: str
     family: str
-    params: int
+    params: int | None
     top1: float | None
     weights: str | None
 
@@ -69,11 +69,19 @@ def summarize(name: str) -> ModelSummary:
     Args:
         name: Registered name.
     """
-    model = timm.create_model(name, device="meta")
+    cfg = timm.get_pretrained_cfg(name).to_dict()
     return ModelSummary(
         name=name,
         family=timm.model_entrypoint(name).__module__.rpartition(".")[2],
-        params=sum(parameter.numel() for parameter in model.parameters()),
-        top1=published_top1(model.pretrained_cfg),
-        weights=weights_source(model.pretrained_cfg),
+        params=_count_parameters(name),
+        top1=published_top1(cfg),
+        weights=weights_source(cfg),
     )
+
+
+def _count_parameters(name: str) -> int | None:
+    try:
+        model = timm.create_model(name, device="meta")
+    except ImportError:
+        return None
+    return sum(parameter.numel() for parameter in model.parameters())

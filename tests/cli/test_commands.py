@@ -139,6 +139,18 @@ def test_summary_counts_parameters():
     assert summarize("test_vmamba").params == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_model_that_needs_a_missing_package(run, monkeypatch):
+    def create_model(*_args, **_kwargs):
+        raise ImportError("test_vmamba needs a package:\n  pip install package")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    (row,) = json.loads(run("list", "test_vmamba", "--json").out)
+    assert row["params"] is None
+    assert run("list", "test_vmamba").status == 0
+    result = run("info", "test_vmamba")
+    assert (result.status, result.err) == (1, "error: test_vmamba needs a package: pip install package\n")
+
+
 def test_commands_are_files():
     assert all(isinstance(path, Path) and path.is_file() for path in commands().values())
     assert not any(name.startswith("_") for name in commands())

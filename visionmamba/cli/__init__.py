@@ -82,6 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _app(arguments)(arguments, prog_name="visionmamba")
-    except (CommandError, OSError) as error:
+    except (CommandError, ImportError, OSError) as error:  # ImportError: an optional package
         typer.echo(f"error: {one_line(error)}", err=True)
         sys.exit(1)

@@ -32,5 +32,6 @@ def list_(
     table.add_column("Weights", overflow="fold")
     for row in rows:
         top1 = "-" if row.top1 is None else f"{row.top1:.1f}"
-        table.add_row(row.name, row.family, f"{row.params / 1e6:.2f}", top1, row.weights or "-")
+        params = "-" if row.params is None else f"{row.params / 1e6:.2f}"
+        table.add_row(row.name, row.family, params, top1, row.weights or "-")
     console().print(table)
