@@ -11,14 +11,15 @@ outputs touches memory. Where there are too few rows, the path is cut into segme
 adds to the state, ``ssd_pass`` hands states on, and the segments then run in parallel.
 
 Backward: ``ssd_states`` and ``ssd_pass`` give the state before each chunk and, run in reverse on dy and C, the gradient
-of the state after it. With these every chunk is on its own (``ssd_gradients``). A program loops over heads of a group
-and sums dB and dC in registers; nothing is accumulated with atomics, so results do not depend on the run.
+of the state after it. With these every chunk is on its own: ``ssd_gradients`` takes one head, ``ssd_shared_gradients``
+sums dB and dC over heads of a group in registers. (One kernel for both would spill.) Nothing is accumulated with
+atomics, so results do not depend on the run.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["ssd_forward", "ssd_gradients", "ssd_pass", "ssd_states"]
+__all__ = ["ssd_forward", "ssd_gradients", "ssd_pass", "ssd_shared_gradients", "ssd_states"]
 
 
 @triton.jit
@@ -232,14 +233,95 @@ def ssd_pass(
 @triton.jit
 def ssd_gradients(
     dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, order_ptr, segment_ptr, before_ptr, after_ptr,
-    dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr,
-    steps, num_tokens, directions, heads, groups, heads_per_group, heads_per_program, splits, chunks,
+    dx_ptr, ddt_ptr, dA_ptr, dD_ptr,
+    steps, num_tokens, directions, heads, heads_per_group, chunks,
     dy_b, dy_l, dy_k, dy_h, x_b, x_l, x_k, x_h, dt_b, dt_l, dt_k, dt_h, B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g,
     dt_min, dt_max,
     P, N, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SKIP: tl.constexpr, BIAS: tl.constexpr,
     PACKED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk for some heads of a group, given the state before it and the gradient of that after it."""
+    """Gradients of x, dt, A and D in a chunk of a row, given the state before it and the gradient of that after it."""
+    row = tl.program_id(0)
+    chunk = tl.program_id(1)
+    b = (row // (directions * heads)).to(tl.int64)
+    kh = row % (directions * heads)
+    k = kh // heads
+    h = kh % heads
+    g = h // heads_per_group
+    q, p, n = tl.arange(0, Q), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    start = chunk * Q
+    rows = start + q
+    segment_ptr += (b * directions + k) * steps
+    token, valid = _tokens(order_ptr + k * steps, rows, steps)
+    A = tl.load(A_ptr + kh)
+    bias = 0.0
+    if BIAS:
+        bias = tl.load(bias_ptr + kh)
+    step, pre, free = _step_sizes(
+        dt_ptr + b * dt_b + k * dt_k + h * dt_h, dt_l, token, valid, bias, dt_min, dt_max, SOFTPLUS
+    )
+    total, entry, leaving, through, sequence = _decays(step * A, segment_ptr, rows, start, steps, Q, PACKED)
+    x = _rows_of(x_ptr + b * x_b + k * x_k + h * x_h, token, x_l, p, valid, P)
+    dy = _rows_of(dy_ptr + b * dy_b + k * dy_k + h * dy_h, token, dy_l, p, valid, P)
+    B = _rows_of(B_ptr + b * B_b + k * B_k + g * B_g, token, B_l, n, valid, N)
+    C = _rows_of(C_ptr + b * C_b + k * C_k + g * C_g, token, C_l, n, valid, N)
+
+    # Within the chunk
+    weights = tl.dot(C, tl.trans(B), input_precision=PRECISION) * _decay_matrix(total, sequence, Q, PACKED)
+    by_step = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * weights
+    dstep = tl.sum(by_step, axis=0)
+    weights *= step[None, :]
+    dx = tl.dot(tl.trans(weights).to(dy.dtype), dy, input_precision=PRECISION)
+    # Step j decays the pairs l < j <= i: sums over l, then over i
+    pairs = tl.where(q[:, None] > q[None, :], by_step * step[None, :], 0.0)
+    pairs = tl.where(q[:, None] >= q[None, :], tl.cumsum(pairs, axis=1) - pairs, 0.0)
+    dlog = tl.sum(pairs, axis=0)
+
+    # From the state before, and into the state after
+    state_base = (row.to(tl.int64) * chunks + chunk) * P * N
+    state_mask = (p < P)[:, None] & (n < N)[None, :]
+    state_offsets = p[:, None] * N + n[None, :]
+    before = tl.load(before_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
+    after = tl.load(after_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
+    dlog += through * tl.sum(tl.sum(before * after, axis=1), axis=0)
+    reached = tl.dot(C, tl.trans(before.to(C.dtype)), input_precision=PRECISION)
+    entering = tl.sum(dy.to(tl.float32) * reached, axis=1) * entry
+    dlog += tl.cumsum(entering, axis=0, reverse=True)
+    stored = tl.dot(B, tl.trans(after.to(B.dtype)), input_precision=PRECISION)
+    kept = tl.sum(x.to(tl.float32) * stored, axis=1) * leaving
+    dx += (leaving * step)[:, None] * stored
+    dstep += kept
+    dlog += tl.cumsum(kept * step, axis=0) - kept * step
+
+    if SKIP > 0:
+        per_channel = tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=0)
+        tl.store(dD_ptr + (row.to(tl.int64) * chunks + chunk) * P + p, per_channel, mask=p < P)
+    if SKIP == 1:
+        dx += tl.load(D_ptr + kh) * dy.to(tl.float32)
+    if SKIP == 2:
+        dx += tl.load(D_ptr + kh * P + p, mask=p < P, other=0.0)[None, :] * dy.to(tl.float32)
+    tl.store(dA_ptr + row.to(tl.int64) * chunks + chunk, tl.sum(dlog * step, axis=0))
+    dpre = tl.where(free, dstep + dlog * A, 0.0)
+    if SOFTPLUS:
+        dpre = dpre / (1.0 + tl.exp(-pre))
+    place = (b * num_tokens + token) * directions * heads + kh
+    tl.store(ddt_ptr + place, dpre, mask=valid)
+    tl.store(
+        dx_ptr + place[:, None] * P + p[None, :], dx.to(dx_ptr.dtype.element_ty),
+        mask=valid[:, None] & (p < P)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def ssd_shared_gradients(
+    dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, bias_ptr, order_ptr, segment_ptr, before_ptr, after_ptr, dB_ptr, dC_ptr,
+    steps, num_tokens, directions, heads, groups, heads_per_group, heads_per_program, splits, chunks,
+    dy_b, dy_l, dy_k, dy_h, x_b, x_l, x_k, x_h, dt_b, dt_l, dt_k, dt_h, B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g,
+    dt_min, dt_max,
+    P, N, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of B and C in one chunk, summed over some heads of a group."""
     program = tl.program_id(0)
     chunk = tl.program_id(1)
     split = program % splits
@@ -249,87 +331,42 @@ def ssd_gradients(
     q, p, n = tl.arange(0, Q), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     start = chunk * Q
     rows = start + q
-    order_ptr += k * steps
     segment_ptr += (b * directions + k) * steps
-    token, valid = _tokens(order_ptr, rows, steps)
-    B = _rows_of(B_ptr + b * B_b + k * B_k + g * B_g, token, B_l, n, valid, N)
-    C = _rows_of(C_ptr + b * C_b + k * C_k + g * C_g, token, C_l, n, valid, N)
-    scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
+    token, valid = _tokens(order_ptr + k * steps, rows, steps)
     dscores = tl.zeros([Q, Q], tl.float32)
     dB = tl.zeros([Q, BLOCK_N], tl.float32)
     dC = tl.zeros([Q, BLOCK_N], tl.float32)
     state_mask = (p < P)[:, None] & (n < N)[None, :]
     state_offsets = p[:, None] * N + n[None, :]
-    earlier = q[:, None] > q[None, :]
-    causal = q[:, None] >= q[None, :]
     for i in range(0, heads_per_program):
         within = split * heads_per_program + i
         if within < heads_per_group:
             h = g * heads_per_group + within
             kh = k * heads + h
-            row = b * directions * heads + kh
-            A = tl.load(A_ptr + kh)
             bias = 0.0
             if BIAS:
                 bias = tl.load(bias_ptr + kh)
-            step, pre, free = _step_sizes(
+            step, _pre, _free = _step_sizes(
                 dt_ptr + b * dt_b + k * dt_k + h * dt_h, dt_l, token, valid, bias, dt_min, dt_max, SOFTPLUS
             )
-            total, entry, leaving, through, sequence = _decays(step * A, segment_ptr, rows, start, steps, Q, PACKED)
-            decay = _decay_matrix(total, sequence, Q, PACKED)
+            total, entry, leaving, _through, sequence = _decays(
+                step * tl.load(A_ptr + kh), segment_ptr, rows, start, steps, Q, PACKED
+            )
             x = _rows_of(x_ptr + b * x_b + k * x_k + h * x_h, token, x_l, p, valid, P)
             dy = _rows_of(dy_ptr + b * dy_b + k * dy_k + h * dy_h, token, dy_l, p, valid, P)
-            state_base = (row * chunks + chunk) * P * N
-            before = tl.load(before_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
-            after = tl.load(after_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
-
-            # Within the chunk
-            dweights = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * decay
-            dscores += dweights * step[None, :]
-            by_step = dweights * scores
-            dx = tl.dot(tl.trans(scores * decay * step[None, :]).to(dy.dtype), dy, input_precision=PRECISION)
-            dstep = tl.sum(by_step, axis=0)
-            # Step j decays the pairs l < j <= i: sums over l, then over i
-            pairs = tl.where(earlier, by_step * step[None, :], 0.0)
-            dlog = tl.sum(tl.where(causal, tl.cumsum(pairs, axis=1) - pairs, 0.0), axis=0)
-
-            # From the state before
-            carried = dy.to(tl.float32) * entry[:, None]
-            reached = tl.dot(C, tl.trans(before).to(C.dtype), input_precision=PRECISION)
-            entering = tl.sum(carried * reached, axis=1)
-            dlog += tl.cumsum(entering, axis=0, reverse=True)
-            dC += tl.dot(carried.to(C.dtype), before.to(C.dtype), input_precision=PRECISION)
-            dlog += through * tl.sum(tl.sum(before * after, axis=1), axis=0)
-
-            # Into the state after
-            gain = leaving * step
-            stored = tl.dot(B, tl.trans(after).to(B.dtype), input_precision=PRECISION)
-            dx += gain[:, None] * stored
-            kept = tl.sum(x.to(tl.float32) * stored, axis=1) * leaving
-            dstep += kept
-            dlog += tl.cumsum(kept * step, axis=0) - kept * step
-            weighted = x.to(tl.float32) * gain[:, None]
-            dB += tl.dot(weighted.to(B.dtype), after.to(B.dtype), input_precision=PRECISION)
-
-            if SKIP > 0:
-                per_channel = tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=0)
-                tl.store(dD_ptr + (row * chunks + chunk) * P + p, per_channel, mask=p < P)
-            if SKIP == 1:
-                dx += tl.load(D_ptr + kh) * dy.to(tl.float32)
-            if SKIP == 2:
-                dx += tl.load(D_ptr + kh * P + p, mask=p < P, other=0.0)[None, :] * dy.to(tl.float32)
-            tl.store(dA_ptr + row * chunks + chunk, tl.sum(dlog * step, axis=0))
-            dpre = tl.where(free, dstep + dlog * A, 0.0)
-            if SOFTPLUS:
-                dpre = dpre / (1.0 + tl.exp(-pre))
-            place = (b * num_tokens + token) * directions * heads + kh
-            tl.store(ddt_ptr + place, dpre, mask=valid)
-            tl.store(
-                dx_ptr + place[:, None] * P + p[None, :], dx.to(dx_ptr.dtype.element_ty),
-                mask=valid[:, None] & (p < P)[None, :],
-            )  # fmt: skip
+            decay = _decay_matrix(total, sequence, Q, PACKED) * step[None, :]
+            dscores += tl.dot(dy, tl.trans(x), input_precision=PRECISION) * decay
+            state_base = ((b * directions * heads + kh) * chunks + chunk) * P * N
+            before = tl.load(before_ptr + state_base + state_offsets, mask=state_mask, other=0.0).to(x.dtype)
+            carried = (dy.to(tl.float32) * entry[:, None]).to(x.dtype)
+            dC += tl.dot(carried, before, input_precision=PRECISION)
+            after = tl.load(after_ptr + state_base + state_offsets, mask=state_mask, other=0.0).to(x.dtype)
+            weighted = (x.to(tl.float32) * (leaving * step)[:, None]).to(x.dtype)
+            dB += tl.dot(weighted, after, input_precision=PRECISION)
+    B = _rows_of(B_ptr + b * B_b + k * B_k + g * B_g, token, B_l, n, valid, N)
+    C = _rows_of(C_ptr + b * C_b + k * C_k + g * C_g, token, C_l, n, valid, N)
     dC += tl.dot(dscores.to(B.dtype), B, input_precision=PRECISION)
-    dB += tl.dot(tl.trans(dscores).to(C.dtype), C, input_precision=PRECISION)
+    dB += tl.dot(tl.trans(dscores.to(C.dtype)), C, input_precision=PRECISION)
     place = (((b * num_tokens + token) * splits + split) * directions + k) * groups + g
     mask = valid[:, None] & (n < N)[None, :]
     tl.store(dB_ptr + place[:, None] * N + n[None, :], dB, mask=mask)

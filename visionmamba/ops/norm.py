@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _triton_norm  # noqa: F401  (registers the backend)
 from ._checks import check_dtype, check_same_device, check_shape
 from .backend import Implementation, register_implementation, select
 
@@ -86,7 +87,7 @@ def add_forward(x, residual, weight, bias, eps, rms, residual_in_fp32):
     out = normal * weight.to(total.dtype)
     if bias is not None:
         out = out + bias.to(total.dtype)
-    return out.to(x.dtype), total.to(_residual_dtype(x, residual, residual_in_fp32), copy=True)
+    return out.to(x.dtype), total.to(residual_dtype(x, residual, residual_in_fp32), copy=True)
 
 
 def add_backward(dout, dtotal, x, residual, weight, bias, eps, rms, residual_in_fp32):
@@ -107,7 +108,8 @@ register_implementation(Implementation("gated_norm", "torch", (), gated_forward,
 register_implementation(Implementation("add_norm", "torch", (), add_forward, add_backward))
 
 
-def _residual_dtype(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch.dtype:
+def residual_dtype(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch.dtype:
+    """Return the dtype of the sum that ``add_norm`` hands on."""
     if residual is not None:
         return residual.dtype
     return _wide(x) if residual_in_fp32 else x.dtype
@@ -197,7 +199,7 @@ def _add_norm(x, residual, weight, bias, eps, rms, residual_in_fp32):
 
 @_add_norm.register_fake
 def _(x, residual, weight, bias, eps, rms, residual_in_fp32):
-    total = torch.empty(x.shape, dtype=_residual_dtype(x, residual, residual_in_fp32), device=x.device)
+    total = torch.empty(x.shape, dtype=residual_dtype(x, residual, residual_in_fp32), device=x.device)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), total
 
 

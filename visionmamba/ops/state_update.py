@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _triton
 from ._checks import check_dtype, check_same_device, check_shape
 from .backend import Implementation, register_implementation, select
 
@@ -42,7 +43,49 @@ def forward(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indic
     return out.to(x.dtype)
 
 
+def triton_forward(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices):
+    """Launch ``kernels/triton/state_update.py``."""
+    from visionmamba.kernels.triton.state_update import state_update
+
+    batch, (heads, head_dim, states), groups = x.shape[0], state.shape[1:], B.shape[1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block_n = _triton.power_of_two(states)
+    block_p = min(_triton.power_of_two(head_dim), max(1, 2048 // block_n), 64)
+
+    def or_any(tensor: Tensor | None) -> Tensor:  # a pointer that is never read
+        return x if tensor is None else tensor
+
+    def strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
+        return (0,) * count if tensor is None else tensor.stride()
+
+    state_update[-(-head_dim // block_p), batch, heads](
+        state, x, dt, A, B, C, or_any(D), or_any(z), or_any(dt_bias), or_any(state_batch_indices), out,
+        heads, heads // groups, head_dim, states,
+        *state.stride(), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(), *strides(D, 2),
+        *strides(z, 3), *strides(dt_bias, 2), BLOCK_P=block_p, BLOCK_N=block_n, SKIP=D is not None, GATE=z is not None,
+        BIAS=dt_bias is not None, SLOTS=state_batch_indices is not None, SOFTPLUS=dt_softplus, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _triton_supports(state, x, *_arguments) -> str | None:
+    if torch.float64 in (state.dtype, x.dtype):
+        return "float64"
+    return "no channels" if x.numel() == 0 else None
+
+
 register_implementation(Implementation("selective_state_update", "torch", (), forward))
+register_implementation(
+    Implementation(
+        "selective_state_update",
+        "triton",
+        _triton.device_types(),
+        triton_forward,
+        None,
+        _triton.probe,
+        _triton_supports,
+    )
+)
 
 
 def _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices):

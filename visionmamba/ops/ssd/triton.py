@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._triton import device_types, power_of_two, probe
 from ..backend import Implementation, register_implementation
 from ..scan_path import scan_order, scan_path
 
@@ -19,22 +18,6 @@ _ENOUGH_PROGRAMS = 256
 """Rows times blocks of channels from which on the chunks of a row are walked one after the other."""
 _SPLIT_PROGRAMS = 1024
 """Programs of the gradient kernel from which on one of them takes all heads of a group."""
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def _probe() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not torch.cuda.is_available() and not _interpreted():
-        return "no GPU (TRITON_INTERPRET=1 interprets the kernels)"
-    return None
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -48,13 +31,13 @@ class _Sizes:
 
 
 def _sizes(x: Tensor, B: Tensor, num_steps: int, chunk_size: int, backward: bool) -> _Sizes:
-    block_p, block_n = (max(16, _power_of_two(size)) for size in (x.shape[-1], B.shape[-1]))
+    block_p, block_n = (max(16, power_of_two(size)) for size in (x.shape[-1], B.shape[-1]))
     if not backward:  # channels are independent there
         block_p = min(block_p, 64 if block_n <= 128 else 32)
-    chunk = min(64, max(16, _power_of_two(min(chunk_size, num_steps))))
+    chunk = min(64, max(16, power_of_two(min(chunk_size, num_steps))))
     if x.dtype == torch.float32 or block_p * block_n > 64 * 128:
         chunk = min(chunk, 32)
-    return _Sizes(chunk, block_p, block_n, 8 if block_p * block_n >= 64 * 128 else 4)
+    return _Sizes(chunk, block_p, block_n, 8 if block_p * block_n >= 64 * 64 else 4)
 
 
 def _supports(
@@ -62,7 +45,7 @@ def _supports(
 ) -> str | None:
     if x.dtype == torch.float64:
         return "float64"
-    if max(16, _power_of_two(x.shape[-1])) * max(16, _power_of_two(B.shape[-1])) > 128 * 256:
+    if max(16, power_of_two(x.shape[-1])) * max(16, power_of_two(B.shape[-1])) > 128 * 256:
         return f"a state of {x.shape[-1]} x {B.shape[-1]} a head does not fit into registers"
     if x.numel() == 0:
         return "no tokens"
@@ -112,7 +95,7 @@ class _Call:
         self.options = {
             "Q": self.sizes.chunk, "BLOCK_P": self.sizes.block_p, "BLOCK_N": self.sizes.block_n,
             "BIAS": dt_bias is not None, "PACKED": seq_idx is not None, "SOFTPLUS": softplus,
-            "PRECISION": self.precision, "num_warps": self.sizes.warps,
+            "PRECISION": self.precision, "num_warps": self.sizes.warps, "num_stages": 2,
         }  # fmt: skip
 
     def _segments(self, seq_idx: Tensor) -> Tensor:
@@ -161,7 +144,7 @@ class _Call:
 
         size = self.head_dim * self.states
         last = self.new(self.rows, self.head_dim, self.states)
-        block = min(1024, _power_of_two(size))
+        block = min(1024, power_of_two(size))
         ssd_pass[self.rows, -(-size // block)](
             state, through, self.or_any(first), last, state.shape[1], size,
             BLOCK=block, FIRST=first is not None, REVERSE=reverse,
@@ -239,7 +222,7 @@ def backward(
     chunk_size,
 ):  # fmt: skip
     """Compute the gradients of :func:`forward`'s nine floating-point tensors; None for absent ones."""
-    from visionmamba.kernels.triton.ssd import ssd_gradients
+    from visionmamba.kernels.triton.ssd import ssd_gradients, ssd_shared_gradients
 
     options = (path, grid, softplus, dt_min, dt_max, chunk_size)
     dz = None
@@ -272,12 +255,20 @@ def backward(
     )
     dA = call.new(batch, directions, heads, call.chunks)
     dD = None if D is None else call.new(batch, directions, heads, call.chunks, call.head_dim)
-    ssd_gradients[batch * directions * call.groups * splits, call.chunks](
-        dy, call.x, call.dt, call.A, call.B, call.C, call.or_any(call.D), call.or_any(call.bias), call.order,
-        call.or_any(call.segment), before, after, dx, ddt, dA, dB, dC, call.or_any(dD),
+    inputs = (dy, call.x, call.dt, call.A, call.B, call.C)
+    strides = (
+        *dy_strides, *call.x_strides(), *_strides(call.dt, True), *_strides(call.B, True), *_strides(call.C, True)
+    )  # fmt: skip
+    bias, segment = call.or_any(call.bias), call.or_any(call.segment)
+    ssd_gradients[call.rows, call.chunks](
+        *inputs, call.or_any(call.D), bias, call.order, segment, before, after, dx, ddt, dA, call.or_any(dD),
+        call.num_steps, tokens, directions, heads, call.ratio, call.chunks, *strides, *call.limits,
+        call.head_dim, call.states, **call.options, SKIP=_skip(D),
+    )  # fmt: skip
+    ssd_shared_gradients[batch * directions * call.groups * splits, call.chunks](
+        *inputs, bias, call.order, segment, before, after, dB, dC,
         call.num_steps, tokens, directions, heads, call.groups, call.ratio, per_program, splits, call.chunks,
-        *dy_strides, *call.x_strides(), *_strides(call.dt, True), *_strides(call.B, True), *_strides(call.C, True),
-        *call.limits, call.head_dim, call.states, **call.options, SKIP=_skip(D),
+        *strides, *call.limits, call.head_dim, call.states, **call.options,
     )  # fmt: skip
     if dD is not None:
         dD = dD.sum((0, 3))
@@ -289,8 +280,4 @@ def backward(
     )  # fmt: skip
 
 
-register_implementation(
-    Implementation(
-        "ssd", "triton", ("cuda", "cpu") if _interpreted() else ("cuda",), forward, backward, _probe, _supports
-    )
-)
+register_implementation(Implementation("ssd", "triton", device_types(), forward, backward, probe, _supports))
