@@ -170,10 +170,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_backward(const __grid_con
       float total[VEC];
       convolve(w, bias, window, sequence, total);
 #pragma unroll
-      for (int v = 0; v < VEC; v++) {
-        const float e = exp2_approx(-fabsf(total[v]) * LOG2E), r = rcp_approx(1.f + e), sigmoid = total[v] >= 0.f ? r : e * r;
-        dtotal[PAST][v] *= sigmoid * (1.f + total[v] * (1.f - sigmoid));
-      }
+      for (int v = 0; v < VEC; v++) dtotal[PAST][v] *= silu_slope(total[v]);
 #endif
       if (step < at.first + CHUNK) {
 #pragma unroll

@@ -29,33 +29,6 @@ __device__ __forceinline__ uint32 pack_bf16(float low, float high) { uint32 y; a
 __device__ __forceinline__ float bits_to_float(uint32 x) { return __uint_as_float(x); }
 #endif
 
-// Sums 8 values each over groups of 8 neighbouring lanes on the tensor cores: lane l gets value l / 4 of group l % 4.
-// A row of the left operand picks one value, so four products stack all eight; their columns are pairs of half groups.
-// The inputs lose their bits below tf32's (2^-11 relative), which is less than the rounding of 16-bit gradients.
-#ifndef VM_EMULATE
-__device__ __forceinline__ float sum_8_values_over_8_lanes(const float* v, int lane) {
-  float c0 = 0.f, c1 = 0.f, c2 = 0.f, c3 = 0.f;
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    const uint32 even = lane >> 2 == 2 * j ? 0x3f800000u : 0u, odd = lane >> 2 == 2 * j + 1 ? 0x3f800000u : 0u;
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
-        : "r"(even), "r"(0u), "r"(odd), "r"(0u), "r"(__float_as_uint(v[2 * j])), "r"(__float_as_uint(v[2 * j + 1])));
-  }
-  return c0 + c1;
-}
-#else
-__device__ __forceinline__ float sum_8_values_over_8_lanes(const float* v, int lane) {
-  float result = 0.f;
-  for (int value = 0; value < 8; value++)
-    for (int i = 0; i < 8; i++) {
-      float other = __shfl_sync(FULL_WARP, v[value], (lane & 3) * 8 + i);
-      if (value == lane >> 2) result += other;
-    }
-  return result;
-}
-#endif
-
 __device__ __forceinline__ float to_float(act_t x) {
 #if ACT == 0
   return x;
@@ -112,11 +85,28 @@ __device__ __forceinline__ Raw<2> pack(const float* f, Raw<2>) {
 template <int V> __device__ __forceinline__ Raw<V> raw_zero() { Raw<V> r; r.x = 0; return r; }
 #endif
 
+// The same for floats, whatever ACT is.
+template <int V> struct RawFloat;
+template <> struct RawFloat<1> { float x; };
+template <> struct __align__(8) RawFloat<2> { float x, y; };
+__device__ __forceinline__ void unpack(RawFloat<1> r, float* f) { f[0] = r.x; }
+__device__ __forceinline__ void unpack(RawFloat<2> r, float* f) { f[0] = r.x; f[1] = r.y; }
+
+// Step sizes come as activations, or in float32 (DELTA_FLOAT) where they were expanded from their low rank.
+#if defined(DELTA_FLOAT) && DELTA_FLOAT
+typedef float delta_t;
+template <int V> using RawDelta = RawFloat<V>;
+#else
+typedef act_t delta_t;
+template <int V> using RawDelta = Raw<V>;
+#endif
+
 // Row `row` of an array whose rows are `stride` bytes apart: one multiply-add of 64 bits.
 template <class T> __device__ __forceinline__ T* row_of(T* base, int row, int stride) {
   return (T*)((char*)base + (unsigned long long)(uint32)row * (uint32)stride);
 }
 
+template <int V> __device__ __forceinline__ RawDelta<V> load_delta(const delta_t* p) { return *reinterpret_cast<const RawDelta<V>*>(p); }
 template <int V> __device__ __forceinline__ Raw<V> load_raw(const act_t* p) { return *reinterpret_cast<const Raw<V>*>(p); }
 template <int V> __device__ __forceinline__ void store_act(act_t* p, const float* f) { *reinterpret_cast<Raw<V>*>(p) = pack(f, Raw<V>()); }
 
@@ -146,6 +136,14 @@ template <int V> __device__ __forceinline__ void store_floats(float* p, const fl
 #pragma unroll
     for (int i = 0; i < V; i++) p[i] = f[i];
   }
+}
+
+template <int V> __device__ __forceinline__ void store_delta(delta_t* p, const float* f) {
+#if defined(DELTA_FLOAT) && DELTA_FLOAT
+  store_floats<V>(p, f);
+#else
+  store_act<V>(p, f);
+#endif
 }
 
 // log(1 + e) for e in [0, 1] as e times a polynomial: relative error 4e-7 (float32), 9e-6 (16-bit activations), which
@@ -184,10 +182,17 @@ __device__ __forceinline__ float softplus(float v, float& derivative) {
   return fmaxf(v, 0.f) + log1p_unit(e);
 }
 
-__device__ __forceinline__ float silu(float z) {
+__device__ __forceinline__ float sigmoid(float z) {
   float e = exp2_approx(-fabsf(z) * LOG2E);
   float r = rcp_approx(1.f + e);
-  return z * (z >= 0.f ? r : e * r);
+  return z >= 0.f ? r : e * r;
+}
+
+__device__ __forceinline__ float silu(float z) { return z * sigmoid(z); }
+
+__device__ __forceinline__ float silu_slope(float z) {
+  float s = sigmoid(z);
+  return s * (1.f + z * (1.f - s));
 }
 
 // Sum M values each over `lanes` lanes (powers of two) whose numbers differ by multiples of `stride`, by halving: each

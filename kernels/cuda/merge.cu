@@ -86,27 +86,21 @@ extern "C" __global__ void __launch_bounds__(256) reduce_rows(const __grid_const
 }
 
 struct GateArgs {
-  const act_t *y, *z, *dout;  // rows of D; y contiguous
-  act_t *out, *dy, *dz;       // contiguous; forward writes out, backward dy and dz
+  const float* y;         // (B, L, G parts, D): the ungated output
+  const act_t *z, *dout;  // (B, L, G, D) and (B, L, G parts, D), with strides
+  act_t* dz;              // (B, L, G, D)
   int64 rows, z_b, dout_b;
-  int D, L, z_l, dout_l;
+  int z_l, z_k, dout_l, dout_k, D, L, G, parts;
 };
 
-// out = y silu(z); one element a thread.
-extern "C" __global__ void __launch_bounds__(256) gate_forward(const __grid_constant__ GateArgs p) {
-  const int64 index = (int64)blockIdx.x * 256 + threadIdx.x;
-  if (index >= p.rows * p.D) return;
-  const int64 row = index / p.D;
-  const float z = to_float(p.z[(row / p.L) * p.z_b + (row % p.L) * p.z_l + index % p.D]);
-  p.out[index] = from_float(to_float(p.y[index]) * silu(z));
-}
-
-extern "C" __global__ void __launch_bounds__(256) gate_backward(const __grid_constant__ GateArgs p) {
-  const int64 index = (int64)blockIdx.x * 256 + threadIdx.x;
-  if (index >= p.rows * p.D) return;
-  const int64 row = index / p.D, b = row / p.L, l = row % p.L, d = index % p.D;
-  const float z = to_float(p.z[b * p.z_b + l * p.z_l + d]), dout = to_float(p.dout[b * p.dout_b + l * p.dout_l + d]);
-  const float e = exp2_approx(-fabsf(z) * LOG2E), r = rcp_approx(1.f + e), sigmoid = z >= 0.f ? r : e * r;
-  p.dy[index] = from_float(dout * z * sigmoid);
-  p.dz[index] = from_float(dout * to_float(p.y[index]) * sigmoid * (1.f + z * (1.f - sigmoid)));
+// dz = silu'(z) sum over a gate's parts (the directions that it gates) of dout y
+extern "C" __global__ void __launch_bounds__(256) gate_gradient(const __grid_constant__ GateArgs p) {
+  const int64 index = (int64)blockIdx.x * 256 + threadIdx.x, row = index / p.D;
+  if (row >= p.rows) return;
+  const int d = (int)(index - row * p.D), g = (int)(row % p.G), l = (int)(row / p.G % p.L);
+  const int64 b = row / p.G / p.L;
+  const act_t* dout = p.dout + b * p.dout_b + (int64)l * p.dout_l + (int64)g * p.dout_k + d;
+  float sum = 0.f;
+  for (int i = 0; i < p.parts; i++) sum += to_float(dout[(int64)i * p.dout_k]) * p.y[(row * p.parts + i) * p.D + d];
+  p.dz[index] = from_float(sum * silu_slope(to_float(p.z[b * p.z_b + (int64)l * p.z_l + (int64)g * p.z_k + d])));
 }

@@ -8,7 +8,7 @@
 // The next group's loads are in flight while a group is computed. Warps share nothing but the sums of dB and dC.
 //
 // Macros: ACT, D_STATE, SPT, CPT, STEPS (register window of the backward), WINDOWS (windows a group), WARPS, VEC,
-// MIN_BLOCKS, SOFTPLUS, STEP_ORDER (step t reads row t of delta, B and C), GATE (multiply by silu(z)), PARTIAL (write float32 partial results that a second kernel merges).
+// MIN_BLOCKS, DELTA_FLOAT (delta and its gradient in float32), SOFTPLUS, STEP_ORDER (step t reads row t of delta, B and C), GATE (multiply by silu(z)), PARTIAL (write float32 partial results that a second kernel merges).
 #include "common.cuh"
 
 __device__ constexpr int next_power_of_two(int n) { int p = 1; while (p < n) p *= 2; return p; }
@@ -27,16 +27,18 @@ static_assert(SPT * STATE_LANES == N && STATE_LANES <= 32, "SPT does not fit D_S
 static_assert(ROW_LANES <= 32 && PER_LANE * 32 == TILE_STEPS * ROW_LANES && TILE_STEPS <= 32, "tile does not fit a warp");
 
 struct ScanArgs {
-  const act_t *u, *delta, *B, *C, *z, *dy;
+  const act_t* u;
+  const delta_t* delta;
+  const act_t *B, *C, *z, *dy;
   const float *A, *D, *bias;      // (K, D, N), (K, D), (K, D); D and bias may be null
   const int* order;               // (K, P)
   const float *state_in;          // (B, K, chunks, D, N) state before each chunk, or null for zero
   const float *adjoint_in;        // the same for the adjoint that enters at each chunk's end
-  void* y;                        // act_t, or float with PARTIAL
+  void* y;                        // act_t, or float with PARTIAL; the backward's, with GATE: float (B, L, K, D)
   float* last_state;              // (B, K, D, N)
   float *carry_state, *carry_adjoint, *carry_delta;  // (B, K, chunks, D, N) twice, (B, K, chunks, D)
   void* du;                       // act_t, or float with PARTIAL
-  act_t* ddelta;                  // (B, L, K, D)
+  delta_t* ddelta;                // (B, L, K, D)
   float* dBC;                     // (B, K, tiles, L, 2 N): dB and dC summed over a block's channels
   float* dparams;                 // (B chunks, K D (N + 2)): dA, dD, dbias of a chunk
   float* dstate;                  // (B, K, D, N) gradient of the initial state, or null
@@ -84,16 +86,18 @@ __device__ __forceinline__ int load_tokens(const ScanArgs& p, const Place& at, i
 
 // One activation (u, delta, dy, z) of a group of steps, as loaded, in the staging layout. Steps without a token read
 // token 0: their Delta, C and dy are set to zero instead.
-struct Rows {
-  Raw<VEC> value[PER_LANE];
-  __device__ __forceinline__ void load(const act_t* base, int stride, const Place& at, int tokens, bool by_step, int first) {
+template <class T, class R> struct RowsOf {
+  R value[PER_LANE];
+  __device__ __forceinline__ void load(const T* base, int stride, const Place& at, int tokens, bool by_step, int first) {
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       const int t = at.staged_step(i), token = __shfl_sync(FULL_WARP, tokens, t);
-      value[i] = load_raw<VEC>(row_of(base, token >= 0 && by_step ? first + t : max(token, 0), stride));
+      value[i] = *reinterpret_cast<const R*>(row_of(base, token >= 0 && by_step ? first + t : max(token, 0), stride));
     }
   }
 };
+typedef RowsOf<act_t, Raw<VEC>> Rows;
+typedef RowsOf<delta_t, RawDelta<VEC>> DeltaRows;
 
 // B or C of a group of steps: rows of D_STATE values that all lanes of a warp share.
 struct Projection {
@@ -158,7 +162,12 @@ __device__ __forceinline__ float step_size(float v, bool valid) {
   return valid ? x : 0.f;
 }
 
-// ------------------------------------------------------------------------------------------------------- forward
+// Sum a step's outputs over the lanes that hold a channel's states, to the staging layout.
+__device__ __forceinline__ void store_output(float* shared, const Place& at, int t, float y[CPT]) {
+  const int kept = reduce_over_lanes<CPT, STATE_LANES, CHANNEL_LANES>(y, at.lane);
+  constexpr int KEPT = CPT > STATE_LANES ? CPT / STATE_LANES : 1, COPIES = STATE_LANES > CPT ? STATE_LANES / CPT : 1;
+  if (at.q % COPIES == 0) store_floats<KEPT>(shared + t * CHANNELS + at.c * CPT + kept, y);
+}
 
 struct __align__(16) ForwardShared { float x[TILE_STEPS * CHANNELS], u[TILE_STEPS * CHANNELS], y[TILE_STEPS * CHANNELS], B[TILE_STEPS * N], C[TILE_STEPS * N]; };
 
@@ -169,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_forwar
   const bool ok = at.in_range(p);
   const int channel = ok ? at.channel0 + at.column : 0;
   const act_t* u = p.u + at.b * p.u_b + (int64)at.k * p.u_k + channel;
-  const act_t* delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
+  const delta_t* delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
   const act_t* B = p.B + at.b * p.B_b + (int64)at.k * p.B_k;
   const act_t* C = p.C + at.b * p.C_b + (int64)at.k * p.C_k;
   const int64 y_offset = at.b * p.y_b + (int64)at.k * p.y_k + channel;
@@ -185,7 +194,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_forwar
   if (N != D_STATE)
     for (int i = at.lane; i < TILE_STEPS * N; i += 32) s.B[i] = s.C[i] = 0.f;
 
-  Rows raw_u, raw_delta;
+  Rows raw_u;
+  DeltaRows raw_delta;
   Projection raw_B, raw_C;
   int tokens = load_tokens(p, at, at.first_step), next_tokens = load_tokens(p, at, at.first_step + TILE_STEPS);
   auto load = [&](int first) {
@@ -239,9 +249,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_forwar
           y[i] += h[i][j] * cc[j];                                       // y_t = C h_t
         }
       }
-      const int kept = reduce_over_lanes<CPT, STATE_LANES, CHANNEL_LANES>(y, at.lane);
-      constexpr int KEPT = CPT > STATE_LANES ? CPT / STATE_LANES : 1, COPIES = STATE_LANES > CPT ? STATE_LANES / CPT : 1;
-      if (at.q % COPIES == 0) store_floats<KEPT>(s.y + t * CHANNELS + at.c * CPT + kept, y);
+      store_output(s.y, at, t, y);
     }
     __syncwarp();
 #pragma unroll
@@ -269,8 +277,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_forwar
   if (at.chunk == p.chunks - 1) store_state(p, at, p.last_state, (int64)at.b * p.K + at.k, h);
 }
 
-// -------------------------------------------------------------------------------------------------------- carries
-
 // First pass of a chunk-parallel scan: the state that a chunk reaches from zero, and the sum of its Delta, which gives
 // every state's decay over the chunk by one exponential. With ADJOINT also the adjoint that reaches the chunk's start
 // from a zero adjoint at its end, sum_t (a_1 ... a_t) C_t dy_t: the same decays, so the backward needs one pass.
@@ -283,7 +289,7 @@ template <bool ADJOINT> __device__ __forceinline__ void carry(const ScanArgs& p)
   const bool ok = at.in_range(p);
   const int channel = ok ? at.channel0 + at.column : 0;
   const act_t* u = p.u + at.b * p.u_b + (int64)at.k * p.u_k + channel;
-  const act_t* delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
+  const delta_t* delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
   const act_t* B = p.B + at.b * p.B_b + (int64)at.k * p.B_k;
   const act_t* C = ADJOINT ? p.C + at.b * p.C_b + (int64)at.k * p.C_k : nullptr;
   const act_t* dy = ADJOINT ? p.dy + at.b * p.dy_b + (int64)at.k * p.dy_k + channel : nullptr;
@@ -299,7 +305,12 @@ template <bool ADJOINT> __device__ __forceinline__ void carry(const ScanArgs& p)
   if (N != D_STATE)
     for (int i = at.lane; i < TILE_STEPS * N; i += 32) s.B[i] = s.C[i] = 0.f;
 
-  Rows raw_u, raw_delta, raw_dy;
+  Rows raw_u, raw_dy;
+  DeltaRows raw_delta;
+#if GATE
+  const act_t* z = p.z + at.b * p.z_b + (int64)at.k * p.z_k + channel;
+  Rows raw_z;
+#endif
   Projection raw_B, raw_C;
   int tokens = load_tokens(p, at, at.first_step), next_tokens = load_tokens(p, at, at.first_step + TILE_STEPS);
   auto load = [&](int first) {
@@ -309,6 +320,9 @@ template <bool ADJOINT> __device__ __forceinline__ void carry(const ScanArgs& p)
     if constexpr (ADJOINT) {
       raw_dy.load(dy, p.dy_l, at, tokens, false, first);
       raw_C.load(C, p.C_l, at, tokens, STEP_ORDER, first);
+#if GATE
+      raw_z.load(z, p.z_l, at, tokens, false, first);
+#endif
     }
   };
   load(at.first_step);
@@ -326,6 +340,12 @@ template <bool ADJOINT> __device__ __forceinline__ void carry(const ScanArgs& p)
       store_floats<VEC>(s.u + t * CHANNELS + at.column, f);
       if constexpr (ADJOINT) {
         unpack(raw_dy.value[i], f);
+#if GATE
+        float gate[VEC];
+        unpack(raw_z.value[i], gate);
+#pragma unroll
+        for (int v = 0; v < VEC; v++) f[v] *= silu(gate[v]);
+#endif
         store_floats<VEC>(s.dy + t * CHANNELS + at.column, f);
       }
     }
@@ -407,15 +427,15 @@ extern "C" __global__ void __launch_bounds__(128) combine_carries(const __grid_c
   }
 }
 
-// ------------------------------------------------------------------------------------------------------- backward
-
 // Steps that are reduced over the channel lanes together, so that no lane idles in the exchange.
 constexpr int BATCH_WANTED = CHANNEL_LANES / (2 * SPT) > 0 ? CHANNEL_LANES / (2 * SPT) : 1;
 constexpr int BATCH = BATCH_WANTED < STEPS ? BATCH_WANTED : STEPS;
-constexpr bool ON_TENSOR_CORES = ACT != 0 && SPT == 4 && CHANNEL_LANES == 8;
 
 struct __align__(16) BackwardShared {
   float x[TILE_STEPS * CHANNELS], u[TILE_STEPS * CHANNELS], dy[TILE_STEPS * CHANNELS], slope[TILE_STEPS * CHANNELS];
+#if GATE
+  float y[TILE_STEPS * CHANNELS];
+#endif
   float from_B[TILE_STEPS * CHANNELS], from_A[TILE_STEPS * CHANNELS], B[TILE_STEPS * N], C[TILE_STEPS * N];
 };
 
@@ -450,12 +470,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
   const bool ok = at.in_range(p);
   const int channel = ok ? at.channel0 + at.column : 0;
   const act_t* u = p.u + at.b * p.u_b + (int64)at.k * p.u_k + channel;
-  const act_t* delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
+  const delta_t* delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
   const act_t* dy = p.dy + at.b * p.dy_b + (int64)at.k * p.dy_k + channel;
   const act_t* B = p.B + at.b * p.B_b + (int64)at.k * p.B_k;
   const act_t* C = p.C + at.b * p.C_b + (int64)at.k * p.C_k;
+  const int64 y_offset = at.b * p.y_b + (int64)at.k * p.y_k + channel;
   const int64 du_offset = at.b * p.du_b + (int64)at.k * p.du_k + channel;
-  act_t* ddelta = p.ddelta + ((int64)at.b * p.L * p.K + at.k) * p.D_ + channel;
+  delta_t* ddelta = p.ddelta + ((int64)at.b * p.L * p.K + at.k) * p.D_ + channel;
   float* dBC = p.dBC + (((int64)at.b * p.K + at.k) * p.tiles + at.tile) * p.L * (2 * D_STATE);
   float a2[CPT][SPT], bias[VEC], skip[VEC];
   load_decay(p, at, a2);
@@ -465,7 +486,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
     for (int i = at.lane; i < TILE_STEPS * N; i += 32) s.B[i] = s.C[i] = 0.f;
   const int groups = (at.end_step - at.first_step + TILE_STEPS - 1) / TILE_STEPS;
 
-  Rows raw_u, raw_delta, raw_dy;
+  Rows raw_u, raw_dy;
+  DeltaRows raw_delta;
+#if GATE
+  const act_t* z = p.z + at.b * p.z_b + (int64)at.k * p.z_k + channel;
+  Rows raw_z;
+#endif
   Projection raw_B, raw_C;
   float h[CPT][SPT];
   load_state(p, at, p.state_in, at.bkc, h);
@@ -521,6 +547,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
     raw_u.load(u, p.u_l, at, tokens, false, first);
     raw_delta.load(delta, p.delta_l, at, tokens, STEP_ORDER, first);
     raw_dy.load(dy, p.dy_l, at, tokens, false, first);
+#if GATE
+    raw_z.load(z, p.z_l, at, tokens, false, first);
+#endif
     raw_B.load(B, p.B_l, at, tokens, STEP_ORDER, first);
     raw_C.load(C, p.C_l, at, tokens, STEP_ORDER, first);
   };
@@ -539,6 +568,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
       unpack(raw_delta.value[i], x);
       unpack(raw_u.value[i], f);
       unpack(raw_dy.value[i], g);
+#if GATE
+      float gate[VEC];
+      unpack(raw_z.value[i], gate);
+#pragma unroll
+      for (int v = 0; v < VEC; v++) g[v] *= silu(gate[v]);
+#endif
 #pragma unroll
       for (int v = 0; v < VEC; v++) {
         slope[v] = 1.f;
@@ -618,6 +653,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
             dA[i][j] += r * x[i];
           }
         }
+#if GATE
+        float y[CPT];  // the ungated output, for the gate's gradient
+#pragma unroll
+        for (int i = 0; i < CPT; i++) {
+          y[i] = 0.f;
+#pragma unroll
+          for (int j = 0; j < SPT; j++) y[i] += cc[j] * states[t + 1][i][j];
+        }
+        store_output(s.y, at, step, y);
+#endif
         const int kept = reduce_over_lanes<2 * CPT, STATE_LANES, CHANNEL_LANES>(through, at.lane);
         constexpr int KEPT = 2 * CPT > STATE_LANES ? 2 * CPT / STATE_LANES : 1, COPIES = STATE_LANES > 2 * CPT ? STATE_LANES / (2 * CPT) : 1;
         if (at.q % COPIES == 0) {
@@ -627,11 +672,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
             (v < CPT ? s.from_B : s.from_A)[step * CHANNELS + at.c * CPT + v % CPT] = through[i];
           }
         }
-        if constexpr (ON_TENSOR_CORES) {
-          const float sum = sum_8_values_over_8_lanes(shared_sums, at.lane);
-          const int v = at.lane >> 2;
-          block_sums[at.warp][step * 2 * N + v / SPT * N + (at.lane & 3) * SPT + v % SPT] = sum;
-        } else if (t % BATCH == 0) {
+        if (t % BATCH == 0) {
           constexpr int M = BATCH * 2 * SPT, LEFT = M > CHANNEL_LANES ? M / CHANNEL_LANES : 1, REPEATS = CHANNEL_LANES > M ? CHANNEL_LANES / M : 1;
           const int first_sum = reduce_over_lanes<M, CHANNEL_LANES, 1>(shared_sums, at.lane);
           if (at.c % REPEATS == 0) {
@@ -662,13 +703,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
         f[v] = ddelta_v;
         if (token >= 0) dbias[v] += ddelta_v;
       }
+#if GATE
+      float y[VEC], raw[VEC];
+      load_floats<VEC>(s.y + at_shared, y);
+      load_floats<VEC>(s.u + at_shared, raw);
+#pragma unroll
+      for (int v = 0; v < VEC; v++) y[v] += skip[v] * raw[v];
+      if (ok && token >= 0) store_floats<VEC>(row_of((float*)p.y + y_offset, token, p.y_l), y);
+#endif
       if (ok && token >= 0) {
 #if PARTIAL
         store_floats<VEC>(row_of((float*)p.du + du_offset, token, p.du_l), g);
 #else
         store_act<VEC>(row_of((act_t*)p.du + du_offset, token, p.du_l), g);
 #endif
-        store_act<VEC>(row_of(ddelta, STEP_ORDER ? first + t : token, p.K * p.D_ * (int)sizeof(act_t)), f);
+        store_delta<VEC>(row_of(ddelta, STEP_ORDER ? first + t : token, p.K * p.D_ * (int)sizeof(delta_t)), f);
       }
     }
     // dB and dC over the block's warps, in a fixed order.

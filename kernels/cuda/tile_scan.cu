@@ -7,7 +7,7 @@
 // multiply along the path, so the scan's elements are (exp2(A2 sum Delta), h). A path longer than a round of all threads
 // takes several rounds.
 //
-// Macros: ACT, TILE_CHANNELS, VEC, STEPS, THREADS, MIN_BLOCKS, SOFTPLUS, STEP_ORDER, MERGE (sum the directions; otherwise
+// Macros: ACT, DELTA_FLOAT, TILE_CHANNELS, VEC, STEPS, THREADS, MIN_BLOCKS, SOFTPLUS, STEP_ORDER, MERGE (sum the directions; otherwise
 // each is written), COMPLETE (every direction visits every token), GATE.
 #include "common.cuh"
 
@@ -17,13 +17,16 @@ constexpr int WARPS = THREADS / 32;
 constexpr int CHUNKS = THREADS / GROUPS;
 
 struct TileArgs {
-  const act_t *u, *delta, *B, *C, *z, *dy;
+  const act_t* u;
+  const delta_t* delta;
+  const act_t *B, *C, *z, *dy;
   const float *A, *D, *bias;      // (K, D); D and bias may be null
   const int* order;               // (K, P), P a whole number of rounds; -1 where there is no step
   const float *state_in, *dlast;  // (B, K, D), or null for zero
   act_t* y;                       // (B, L, D) with MERGE, else (B, L, K, D)
   float* last_state;              // (B, K, D)
-  act_t *du, *ddelta;             // du like y, ddelta (B, L, K, D)
+  act_t* du;                      // like y
+  delta_t* ddelta;                // (B, L, K, D)
   float* dBC;                     // (B, K, tiles, L, 2)
   float* dparams;                 // (B, 3 K D): dA, dD, dbias
   float* dstate;                  // (B, K, D), or null
@@ -101,7 +104,8 @@ struct __align__(16) Four { int i[4]; };
 // zero instead, which leaves the state and the adjoint as they are.
 template <bool BACKWARD> struct Steps {
   int token[STEPS];
-  Raw<VEC> u[STEPS], delta[STEPS], dy[BACKWARD ? STEPS : 1];
+  Raw<VEC> u[STEPS], dy[BACKWARD ? STEPS : 1];
+  RawDelta<VEC> delta[STEPS];
   act_t B[STEPS], C[STEPS];
 
   __device__ __forceinline__ void load_tokens(const TileArgs& p, int k, int first) {
@@ -116,7 +120,7 @@ template <bool BACKWARD> struct Steps {
   __device__ __forceinline__ int row(int j, int first) const { return STEP_ORDER && token[j] >= 0 ? first + j : token[j]; }
   template <bool CARRY_ONLY> __device__ __forceinline__ void load(const TileArgs& p, const Seat& at, int k, int first) {
     const act_t* u_k = p.u + at.b * p.u_b + (int64)k * p.u_k + at.channel;
-    const act_t* delta_k = p.delta + at.b * p.delta_b + (int64)k * p.delta_k + at.channel;
+    const delta_t* delta_k = p.delta + at.b * p.delta_b + (int64)k * p.delta_k + at.channel;
     const act_t* B_k = p.B + at.b * p.B_b + (int64)k * p.B_k;
     const act_t* C_k = p.C + at.b * p.C_b + (int64)k * p.C_k;
     const act_t* dy_k = BACKWARD ? p.dy + at.b * p.dy_b + (int64)k * p.dy_k + at.channel : nullptr;
@@ -124,7 +128,7 @@ template <bool BACKWARD> struct Steps {
     for (int j = 0; j < STEPS; j++) {
       const int seen = max(token[j], 0), read = max(row(j, first), 0);
       u[j] = load_raw<VEC>(row_of(u_k, seen, p.u_l));
-      delta[j] = load_raw<VEC>(row_of(delta_k, read, p.delta_l));
+      delta[j] = load_delta<VEC>(row_of(delta_k, read, p.delta_l));
       B[j] = *row_of(B_k, read, p.B_l);
       if constexpr (!CARRY_ONLY) {
         C[j] = *row_of(C_k, read, p.C_l);
@@ -147,7 +151,7 @@ __device__ __forceinline__ void store_columns(float* to, const TileArgs& p, cons
 }
 
 // Delta, its slope and the decay of one step; Delta = 0 where there is no step.
-__device__ __forceinline__ void step_size(const Raw<VEC>& raw, const float bias[VEC], bool valid, float x[VEC]) {
+__device__ __forceinline__ void step_size(const RawDelta<VEC>& raw, const float bias[VEC], bool valid, float x[VEC]) {
   unpack(raw, x);
 #pragma unroll
   for (int v = 0; v < VEC; v++) {
@@ -382,9 +386,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
           state[v] = a[j][v] * state[v] + x[j][v] * f[v] * B;
         }
       }
-      const int row_bytes = p.K * p.channels * (int)sizeof(act_t);
+      const int row = p.K * p.channels;
       const int64 image = ((int64)at.b * p.L * p.K + k) * p.channels + at.channel;
-      act_t *ddelta_k = p.ddelta + image, *du_k = p.du + image;
+      delta_t* ddelta_k = p.ddelta + image;
+      act_t* du_k = p.du + image;
       float shared_sums[2 * STEPS];  // dB and dC of each step, over this thread's channels
 #pragma unroll
       for (int j = STEPS - 1; j >= 0; j--) {
@@ -410,9 +415,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
         accumulate(tile, at, now.token[j], k, du);
 #endif
         if (now.token[j] >= 0 && at.ok) {
-          store_act<VEC>(row_of(ddelta_k, now.row(j, first), row_bytes), ddelta);
+          store_delta<VEC>(row_of(ddelta_k, now.row(j, first), row * (int)sizeof(delta_t)), ddelta);
 #if !MERGE
-          store_act<VEC>(row_of(du_k, now.token[j], row_bytes), du);
+          store_act<VEC>(row_of(du_k, now.token[j], row * (int)sizeof(act_t)), du);
 #endif
         }
       }

@@ -115,14 +115,6 @@ def backward(dout, dfinal, x, weight, bias, seq_idx, initial_states, path, grid,
     return dx, dweight.view(weight.shape), None if bias is None else dbias.view(weight.shape[:2]), dinitial
 
 
-def _probe() -> str | None:
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return "needs an NVIDIA GPU"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "needs compute capability 8.0 or newer"
-    return cuda_runtime.available()
-
-
 def _supports(x, weight, bias, seq_idx, initial_states, path, grid, silu) -> str | None:
     if x.dtype not in ACT:
         return f"takes float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
@@ -134,5 +126,5 @@ def _supports(x, weight, bias, seq_idx, initial_states, path, grid, silu) -> str
 
 
 register_implementation(
-    Implementation("causal_conv1d", "cuda", ("cuda",), forward, backward, probe=_probe, supports=_supports)
+    Implementation("causal_conv1d", "cuda", ("cuda",), forward, backward, probe=cuda_runtime.usable, supports=_supports)
 )

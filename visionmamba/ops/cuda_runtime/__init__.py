@@ -1,7 +1,7 @@
 """CUDA kernels at run time: NVRTC through cuda-core, a cubin cache on disk, and launches on torch's stream."""
 
-from .compiler import CompileError, available, compile_cubin, nvrtc_version, source
-from .launcher import Arguments, Kernel, Launcher, launcher, pointer
+from .compiler import CompileError, available, compile_cubin, compile_log, nvrtc_version, source
+from .launcher import Arguments, Kernel, Launcher, launcher, pointer, usable
 
 __all__ = [
     "Arguments",
@@ -10,8 +10,10 @@ __all__ = [
     "Launcher",
     "available",
     "compile_cubin",
+    "compile_log",
     "launcher",
     "nvrtc_version",
     "pointer",
     "source",
+    "usable",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import sys
@@ -12,8 +13,9 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-__all__ = ["CompileError", "available", "cache_directory", "compile_cubin", "nvrtc_version", "source"]
+__all__ = ["CompileError", "available", "cache_directory", "compile_cubin", "compile_log", "nvrtc_version", "source"]
 
 _INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
 _lock = threading.Lock()
@@ -109,18 +111,35 @@ def _write(path: Path, cubin: bytes) -> None:
         pass
 
 
-def _nvrtc(name: str, text: str, macros: Mapping[str, int], architecture: str) -> bytes:
+def _program(name: str, text: str, macros: Mapping[str, int], architecture: str, **options: str) -> Any:
     try:
         from cuda.core import Program, ProgramOptions
     except ImportError:
         from cuda.core.experimental import Program, ProgramOptions
 
     defines = [(key, str(value)) for key, value in sorted(macros.items())]
-    options = ProgramOptions(name=name, arch=architecture, std="c++17", define_macro=defines)
+    options = ProgramOptions(name=name, arch=architecture, std="c++17", define_macro=defines, **options)
+    return Program(text, "c++", options)
+
+
+def _nvrtc(name: str, text: str, macros: Mapping[str, int], architecture: str) -> bytes:
     try:
-        return bytes(Program(text, "c++", options).compile("cubin").code)
+        return bytes(_program(name, text, macros, architecture).compile("cubin").code)
     except Exception as error:
         raise CompileError(f"NVRTC could not compile {name} for {architecture} with {dict(macros)}: {error}") from error
+
+
+def compile_log(name: str, macros: Mapping[str, int], architecture: str) -> str:
+    """Compile a kernel file, past all caches, and return ptxas's report of registers and spills.
+
+    Args:
+        name: File in ``kernels/cuda``.
+        macros: The specialisation.
+        architecture: e.g. ``"sm_90"``.
+    """
+    log = io.StringIO()
+    _program(name, source(name), macros, architecture, ptxas_options="-v").compile("cubin", logs=log)
+    return log.getvalue()
 
 
 def compile_cubin(name: str, macros: Mapping[str, int], architecture: str) -> bytes:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .compiler import compile_cubin
+from .compiler import available, compile_cubin
 
-__all__ = ["Arguments", "Kernel", "Launcher", "launcher", "pointer"]
+__all__ = ["Arguments", "Kernel", "Launcher", "launcher", "pointer", "usable"]
 
 
 def pointer(tensor: torch.Tensor | None) -> int:
@@ -154,3 +154,12 @@ def _launcher(index: int) -> Launcher:
 def launcher(device: torch.device) -> Launcher:
     """Return the launcher of a CUDA device."""
     return _launcher(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def usable() -> str | None:
+    """Return None if CUDA kernels can run on this machine, else the reason why not: the operators' ``probe``."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "needs an NVIDIA GPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    return available()

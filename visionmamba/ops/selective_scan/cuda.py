@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from ..cuda_runtime import Arguments, pointer
 from . import cuda_tile
 from .cuda_call import ACT, Call, rows, strides, visits
 
-__all__ = ["Tiling", "backward", "forward", "macros"]
+__all__ = ["Tiling", "backward", "fit_vector", "forward", "macros"]
 
 _FILE = "selective_scan.cu"
 _MAX_STATES = 64
@@ -78,6 +77,14 @@ def _padded(states: int) -> int:
     return 1 << (states - 1).bit_length()
 
 
+def fit_vector(tiling: Tiling, states: int, vec: int) -> Tiling:
+    """Narrow a warp's channels to what it can stage ``vec`` channels at a time."""
+    cpt = tiling.cpt
+    while 32 * tiling.spt // _padded(states) * cpt // vec > 32:
+        cpt //= 2
+    return replace(tiling, cpt=cpt)
+
+
 def macros(
     dtype: torch.dtype,
     states: int,
@@ -106,10 +113,10 @@ def macros(
 
 
 def _expanded_delta(delta: Tensor, dt_weight: Tensor | None) -> Tensor:
-    """Expand a low-rank delta, (B, L, K, R), to the channels, (B, L, K, D)."""
+    """Expand a low-rank delta, (B, L, K, R), to the channels in float32, (B, L, K, D)."""
     if dt_weight is None:
         return delta
-    return torch.einsum("blkr,kdr->blkd", delta, dt_weight.to(delta.dtype))
+    return torch.einsum("blkr,kdr->blkd", delta.float(), dt_weight.float())
 
 
 class _Scan(Call):
@@ -134,11 +141,8 @@ class _Scan(Call):
         return self.batch * self.directions * self._tiles(tiling) * tiling.warps
 
     def _fit(self, tiling: Tiling) -> Tiling:
-        """Narrow the warps' channels to what a warp can stage, and leave as few warps of a block idle as can be."""
-        cpt = tiling.cpt
-        while 32 * tiling.spt // _padded(self.states) * cpt // self.vec > 32:
-            cpt //= 2
-        tiling = replace(tiling, cpt=cpt)
+        """Leave as few warps of a block idle as can be."""
+        tiling = fit_vector(tiling, self.states, self.vec)
         needed = -(-self.channels // tiling.channels(self.states))
         return replace(tiling, warps=min(range(tiling.warps, 0, -1), key=lambda warps: -(-needed // warps) * warps))
 
@@ -175,7 +179,9 @@ class _Scan(Call):
         )
         self.launcher.run(_FILE, name, specialisation, self.blocks, self.threads, arguments)
 
-    def carries(self, initial: Tensor | None, dy: Tensor | None = None, dlast: Tensor | None = None):
+    def carries(
+        self, initial: Tensor | None, dy: Tensor | None = None, dlast: Tensor | None = None, z: Tensor | None = None
+    ):
         """Return the states that enter each chunk and, given ``dy``, the adjoints that enter each chunk's end."""
         if self.chunks == 1:
             return initial, dlast
@@ -183,7 +189,8 @@ class _Scan(Call):
         state, total = self.empty(*shape, self.states), self.empty(*shape)
         adjoint = None if dy is None else self.empty(*shape, self.states)
         name = "scan_carry" if dy is None else "scan_carry_adjoint"
-        self.run(name, self.arguments(dy=dy, carry_state=state, carry_adjoint=adjoint, carry_delta=total))
+        arguments = self.arguments(dy=dy, z=z, carry_state=state, carry_adjoint=adjoint, carry_delta=total)
+        self.run(name, arguments, gate=z is not None)
         rows = self.batch * self.directions
         arguments = Arguments(
             (*map(pointer, (state, adjoint, total, self.A, initial, dlast)), rows),
@@ -221,35 +228,30 @@ def forward(
     return scan.merged(y, z) if is_partial else y, last
 
 
-def _gate_backward(dy, z, *arguments):
-    """Return the gradients of y and z for out = y silu(z), with y recomputed."""
-    *tensors, path, grid, delta_softplus, merge, in_step_order = arguments
-    y, _ = forward(*tensors, path, grid, delta_softplus, merge, in_step_order)
-    gate = (z if z.dim() == dy.dim() else z.unsqueeze(2)).float()
-    sigmoid, dy32 = torch.sigmoid(gate), dy.float()
-    dz = dy32 * y.float() * sigmoid * (1 + gate * (1 - sigmoid))
-    return (dy32 * gate * sigmoid).to(dy.dtype), dz if z.dim() == dy.dim() else dz.sum(2)
-
-
-def _backward(scan: _Scan, dy: Tensor, dlast: Tensor | None, initial: Tensor | None):
-    """Return du, ddelta, dB, dC, dA, dD, dbias and the gradient of the initial state."""
-    state, adjoint = scan.carries(initial, dy, dlast)
+def _backward(scan: _Scan, dy: Tensor, dlast: Tensor | None, initial: Tensor | None, z: Tensor | None):
+    """Return du, ddelta, dB, dC, dA, dD, dbias and the gradients of the initial state and of z."""
+    state, adjoint = scan.carries(initial, dy, dlast, z)
     du, is_partial = scan.output(merge=scan.u.dim() == 3)
     zero = not scan.rows_read
-    ddelta = scan.empty(*scan.delta.shape, dtype=scan.u.dtype, zero=zero)
+    ddelta = scan.empty(*scan.delta.shape, dtype=scan.delta.dtype, zero=zero)
     dBC = scan.empty(scan.batch, scan.directions, scan.tiles, scan.num_tokens, 2 * scan.states, zero=zero)
     dparams = scan.empty(scan.batch * scan.chunks, scan.directions * scan.channels * (scan.states + 2))
     dstate = None if initial is None else torch.empty_like(initial)
     groups = scan.chunk_steps // scan.tiling.tile_steps
     checkpoints = scan.empty(scan.blocks * scan.threads * groups * scan.tiling.cpt * scan.tiling.spt)
+    y = None
+    if z is not None:  # the gate's gradient needs the ungated output, which this walk computes on the way
+        shape = (scan.batch, scan.num_tokens, scan.directions, scan.channels)
+        y = scan.empty(*shape, zero=not scan.visits.complete)
     arguments = scan.arguments(
-        dy=dy, du=du, state_in=state, adjoint_in=adjoint, ddelta=ddelta, dBC=dBC, dparams=dparams, dstate=dstate,
-        checkpoints=checkpoints,
+        dy=dy, z=z, y=y, du=du, state_in=state, adjoint_in=adjoint, ddelta=ddelta, dBC=dBC, dparams=dparams,
+        dstate=dstate, checkpoints=checkpoints,
     )  # fmt: skip
-    scan.run("scan_backward", arguments, partial=is_partial)
+    scan.run("scan_backward", arguments, gate=z is not None, partial=is_partial)
     if is_partial:
         du = scan.merged(du)
-    return du, ddelta, *scan.projections(dBC, scan.tiles), *scan.parameters(dparams), dstate
+    dz = None if z is None else scan.gate_gradient(dy, y, z)
+    return du, ddelta, *scan.projections(dBC, scan.tiles), *scan.parameters(dparams), dstate, dz
 
 
 def backward(
@@ -257,31 +259,22 @@ def backward(
     in_step_order,
 ):  # fmt: skip
     """Compute the gradients of :func:`forward`'s ten tensor arguments; None for absent ones."""
-    dz = None
-    if z is not None:
-        options = (path, grid, delta_softplus, merge, in_step_order)
-        dy, dz = _gate_backward(dy, z, u, delta, A, B, C, D, None, delta_bias, dt_weight, initial_state, *options)
-    low_rank, delta, dy = delta, _expanded_delta(delta, dt_weight), rows(dy)
+    low_rank, delta, dy, z = delta, _expanded_delta(delta, dt_weight), rows(dy), rows(z)
     initial, dlast = (None if x is None else x.float().contiguous() for x in (initial_state, dlast))
-    scan = _Scan("backward", u, delta, A, B, C, D, delta_bias, path, grid, delta_softplus, in_step_order, others=[dy])
-    tile = _tile_plan("backward", scan, u.dim() == 3)
-    run = _backward if tile is None else partial(cuda_tile.backward, tile=tile)
-    du, ddelta, dB, dC, dA, dD, dbias, dstate = run(scan, dy=dy, dlast=dlast, initial=initial)
+    arguments = (u, delta, A, B, C, D, delta_bias, path, grid, delta_softplus, in_step_order)
+    scan = _Scan("backward", *arguments, others=[dy, z])
+    tile = _tile_plan("backward", scan, u.dim() == 3) if z is None else None
+    if tile is None:
+        du, ddelta, dB, dC, dA, dD, dbias, dstate, dz = _backward(scan, dy, dlast, initial, z)
+    else:
+        du, ddelta, dB, dC, dA, dD, dbias, dstate = cuda_tile.backward(scan, tile, dy, dlast, initial)
+        dz = None
     ddt_weight = None
     if dt_weight is not None:
-        ddt_weight = torch.einsum("blkd,blkr->kdr", ddelta, low_rank)
-        ddelta = torch.einsum("blkd,kdr->blkr", ddelta, dt_weight.to(ddelta.dtype))
-    return (
-        du, ddelta, dA, dB, dC, None if D is None else dD, dz, None if delta_bias is None else dbias, ddt_weight, dstate
-    )  # fmt: skip
-
-
-def _probe() -> str | None:
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return "needs an NVIDIA GPU"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "needs compute capability 8.0 or newer"
-    return cuda_runtime.available()
+        ddt_weight = torch.einsum("blkd,blkr->kdr", ddelta, low_rank.float())
+        ddelta = torch.einsum("blkd,kdr->blkr", ddelta, dt_weight.float())
+    dD, dbias = None if D is None else dD, None if delta_bias is None else dbias
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, ddt_weight, dstate
 
 
 def _supports(
@@ -300,5 +293,7 @@ def _supports(
 
 
 register_implementation(
-    Implementation("selective_scan", "cuda", ("cuda",), forward, backward, probe=_probe, supports=_supports)
+    Implementation(
+        "selective_scan", "cuda", ("cuda",), forward, backward, probe=cuda_runtime.usable, supports=_supports
+    )
 )

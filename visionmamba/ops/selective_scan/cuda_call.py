@@ -112,7 +112,8 @@ class Call:
     """One call: shapes, contiguous rows, float32 parameters, and the results' allocation and second stages.
 
     Args:
-        u, delta, A, B, C, D, delta_bias: As in ``selective_scan``, with ``delta`` expanded to the channels.
+        u, delta, A, B, C, D, delta_bias: As in ``selective_scan``, with ``delta`` expanded to the channels (then in
+            float32).
         path: Scan path.
         grid: Its grid.
         delta_softplus: Apply softplus to the step sizes.
@@ -129,7 +130,11 @@ class Call:
         self.order = scan_order(path, self.grid, u.device)
         self.num_steps = self.order.shape[1]
         self.visits = visits(path, self.grid)
-        self.flags = {"SOFTPLUS": int(delta_softplus), "STEP_ORDER": int(in_step_order)}
+        self.flags = {
+            "DELTA_FLOAT": int(delta.dtype != u.dtype),
+            "SOFTPLUS": int(delta_softplus),
+            "STEP_ORDER": int(in_step_order),
+        }
         self.launcher = cuda_runtime.launcher(u.device)
         self.vec = _vector(self.channels, self.states, [self.u, self.delta, *others], [self.B, self.C])
 
@@ -154,6 +159,17 @@ class Call:
     def merged(self, partial: Tensor, z: Tensor | None = None) -> Tensor:
         """Sum (B, L, K, D) over the directions, and multiply by silu(z)."""
         return merge_directions(self.launcher, partial, self.u.dtype, z)
+
+    def gate_gradient(self, dout: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        """Return the gradient of z for out = y silu(z), with y in float32, (B, L, K or 1, D)."""
+        gates = z.shape[2] if z.dim() == 4 else 1
+        dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        z_b, z_l, z_k = z.stride()[:3] if z.dim() == 4 else (*z.stride()[:2], 0)
+        dout_b, dout_l, dout_k = dout.stride()[:3] if dout.dim() == 4 else (*dout.stride()[:2], 0)
+        wide = (*map(pointer, (y, z, dout, dz)), self.batch * self.num_tokens * gates, z_b, dout_b)
+        narrow = (z_l, z_k, dout_l, dout_k, self.channels, self.num_tokens, gates, y.shape[2] // gates)
+        self._merge_kernel("gate_gradient", -(-dz.numel() // 256), Arguments(wide, narrow))
+        return dz
 
     def projections(self, partial: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
         """Sum the channel blocks' (B, K, tiles, L, 2N) to dB and dC, (B, L, K, N)."""

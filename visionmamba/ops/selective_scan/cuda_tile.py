@@ -127,7 +127,7 @@ def backward(call: Call, tile: TilePlan, dy: Tensor, dlast: Tensor | None, initi
     merge = call.u.dim() == 3
     du = _result(call, merge)
     shape = (call.batch, call.num_tokens, call.directions, call.channels)
-    ddelta = call.empty(*shape, dtype=call.u.dtype, zero=not call.rows_read)
+    ddelta = call.empty(*shape, dtype=call.delta.dtype, zero=not call.rows_read)
     tiles = -(-call.channels // tile.channels)
     dBC = call.empty(call.batch, call.directions, tiles, call.num_tokens, 2, zero=not call.rows_read)
     dparams = call.empty(call.batch, 3 * call.directions * call.channels)

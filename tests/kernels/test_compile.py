@@ -1,0 +1,85 @@
+"""NVRTC compiles every kernel for every architecture, and none spills more than a stated bound: no GPU needed."""
+
+import re
+
+import pytest
+import torch
+
+from visionmamba.ops import cuda_runtime
+from visionmamba.ops.causal_conv1d import cuda as conv
+from visionmamba.ops.selective_scan import cuda as scan
+from visionmamba.ops.selective_scan import cuda_tile as tile
+from visionmamba.ops.selective_scan.cuda_call import ACT
+
+pytestmark = pytest.mark.skipif(cuda_runtime.available() is not None, reason="needs NVRTC")
+
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
+SPILL_BYTES = 256  # a thread, in the worst kernel: two dozen accesses among thousands of instructions
+FLAGS = {"DELTA_FLOAT": 0, "SOFTPLUS": 1, "STEP_ORDER": 0}
+BF16 = torch.bfloat16
+
+
+def scan_macros(states, dtype=BF16, kind="forward", which=0, vec=2, flags=FLAGS, **options):
+    table = scan._FORWARD_TILINGS if kind == "forward" else scan._BACKWARD_TILINGS
+    tiling = table[scan._padded(states)][which]
+    return scan.macros(dtype, states, scan.fit_vector(tiling, states, vec), vec, flags, **options)
+
+
+def tile_macros(kind, tokens, dtype=BF16, vec=2, merge=True):
+    class Device:
+        multiprocessors, shared_bytes = 1, 232448
+
+    plan = tile.plan(kind, 64, tokens, tokens, 96, vec, merge, Device)
+    return tile.macros(dtype, plan, vec, FLAGS, merge=merge, complete=True, gate=False)
+
+
+def specialisations():
+    """Return (file, macros, whether default runs compile it) for what models and options need."""
+    found = []
+    for states in (1, 2, 4, 8, 16, 32, 64):
+        for kind in ("forward", "backward"):
+            for dtype in ACT:
+                for options in ({}, {"gate": True}, {"partial": True}):
+                    quick = states in (1, 16) and dtype == BF16 and "partial" in options
+                    found.append(("selective_scan.cu", scan_macros(states, dtype, kind, **options), quick))
+    found.append(("selective_scan.cu", scan_macros(3, vec=1), False))
+    for dtype in ACT:
+        for kind in ("forward", "backward"):
+            for tokens in (49, 196, 784, 3136):
+                found.append(("tile_scan.cu", tile_macros(kind, tokens, dtype), dtype == BF16 and tokens == 196))
+            found.append(("tile_scan.cu", tile_macros(kind, 49, dtype, vec=1, merge=False), False))
+        for width in (2, 3, 4):
+            for sequences in (False, True):
+                macros = conv.macros(dtype, width, 2, silu=True, sequences=sequences)
+                found.append(("causal_conv1d.cu", macros, dtype == BF16 and width == 4))
+        found.append(("merge.cu", {"ACT": ACT[dtype]}, True))
+    return found
+
+
+def spilled_bytes(file, macros, architecture):
+    """Compile and return the bytes that each kernel spills, from ptxas's report."""
+    log = cuda_runtime.compile_log(file, macros, architecture)
+    names = re.findall(r"Compiling entry function '(\w+)'", log)
+    spills = [max(map(int, pair)) for pair in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)]
+    assert names, log
+    return dict(zip(names, spills, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("index", [i for i, (_, _, quick) in enumerate(specialisations()) if quick])
+def test_kernels_compile_without_spills(index, architecture):
+    file, macros, _ = specialisations()[index]
+    assert max(spilled_bytes(file, macros, architecture).values()) <= SPILL_BYTES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("index", [i for i, (_, _, quick) in enumerate(specialisations()) if not quick])
+def test_all_specialisations_compile_without_spills(index, architecture):
+    file, macros, _ = specialisations()[index]
+    assert max(spilled_bytes(file, macros, architecture).values()) <= SPILL_BYTES
+
+
+def test_a_kernel_that_does_not_compile_says_so():
+    with pytest.raises(cuda_runtime.CompileError, match=r"could not compile merge\.cu for sm_90"):
+        cuda_runtime.compile_cubin("merge.cu", {"ACT": "no_such_type"}, "sm_90")

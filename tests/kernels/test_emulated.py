@@ -1,0 +1,96 @@
+"""The CUDA kernels' arithmetic and indexing, run on the CPU by ``simt.h`` against float64: no GPU needed."""
+
+import importlib
+
+import pytest
+import torch
+from emulation import COMPILER, EmulatedLauncher
+
+from visionmamba.ops import cuda_runtime, path_scan_reference
+from visionmamba.ops.scan_path import scan_path
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+scan = importlib.import_module("visionmamba.ops.selective_scan.cuda")
+conv = importlib.import_module("visionmamba.ops.causal_conv1d.cuda")
+conv_torch = importlib.import_module("visionmamba.ops.causal_conv1d.pytorch")
+
+SCANS = {
+    "vim": dict(path="h,h_flip", grid=(35,), channels=40, states=16),
+    "vim_in_chunks": dict(path="h,h_flip", grid=(70,), batch=1, channels=40, states=16, multiprocessors=64),
+    "cross": dict(path="h,v,h_flip,v_flip", grid=(9, 8), channels=34, states=1),
+    "cross_in_rounds": dict(path="h,v", grid=(20, 30), batch=1, channels=16, states=1, gate=False),
+    "sub_grids": dict(path="sub_200,subT_201", grid=(7, 9), channels=16, states=1, gate=False),
+    "windows": dict(path="w3,h", grid=(7, 5), channels=12, states=3, merge=False),
+    "step_order": dict(path="snake_h,snake_v", grid=(6, 6), channels=33, states=5, step_order=True, own_input=True),
+    "low_rank": dict(path="h,v", grid=(6, 6), channels=10, states=16, rank=3, dtype=torch.bfloat16),
+}
+
+
+def relative(actual, exact):
+    return float((actual.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_scan(name, monkeypatch):
+    case = dict(batch=2, merge=True, own_input=False, gate=True, step_order=False, rank=0, dtype=torch.float32)
+    case |= dict(multiprocessors=1) | SCANS[name]
+    emulated = EmulatedLauncher(case["multiprocessors"])
+    monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: emulated)
+    torch.manual_seed(0)
+    table = scan_path(case["path"], case["grid"])
+    batch, tokens, directions = case["batch"], table.num_tokens, table.num_directions
+    channels, states, rank = case["channels"], case["states"], case["rank"] or case["channels"]
+    activations = [
+        torch.randn(batch, tokens, *([directions] if case["own_input"] else []), channels),
+        torch.randn(batch, tokens, directions, rank),
+        torch.randn(batch, tokens, directions, states),
+        torch.randn(batch, tokens, directions, states),
+        torch.randn(batch, tokens, channels) if case["gate"] else None,
+    ]
+    u, delta, B, C, z = (x if x is None else x.to(case["dtype"]) for x in activations)
+    A, D, bias = (
+        -torch.rand(directions, channels, states) - 0.1,
+        torch.randn(directions, channels),
+        torch.randn(directions, channels),
+    )
+    weight = torch.randn(directions, channels, rank) if case["rank"] else None
+    state = torch.randn(batch, directions, channels, states)
+    tensors = (u, delta, A, B, C, D, z, bias, weight, state)
+    options = (case["path"], case["grid"], True, case["merge"], case["step_order"])
+
+    wide = [None if x is None else x.double().requires_grad_() for x in tensors]
+    exact = path_scan_reference(
+        *wide, path=options[0], grid=options[1], merge=case["merge"], projections_in_step_order=case["step_order"]
+    )
+    cotangents = torch.randn_like(exact[0]).to(case["dtype"]), torch.randn_like(exact[1]).float()
+    leaves = [x for x in wide if x is not None]
+    gradients = torch.autograd.grad(exact, leaves, [c.double() for c in cotangents])
+    found = [*scan.forward(*tensors, *options), *scan.backward(*cotangents, *tensors, *options)]
+    found = [x for x, given in zip(found, (1, 1, *tensors), strict=True) if given is not None]
+    tolerance = 2e-6 if case["dtype"] == torch.float32 else 2**-9
+    for i, (actual, expected) in enumerate(zip(found, (*exact, *gradients), strict=True)):
+        assert relative(actual, expected) <= tolerance, i
+
+
+@pytest.mark.parametrize(
+    ("path", "grid", "width", "sequences"),
+    [("h", (20,), 4, False), ("h,v_flip", (5, 9), 3, True), ("w3,h|cls", (5, 6), 2, False)],
+)
+def test_causal_conv1d(path, grid, width, sequences, monkeypatch):
+    emulated = EmulatedLauncher()
+    monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: emulated)
+    torch.manual_seed(0)
+    table = scan_path(path, grid)
+    tokens, directions = table.num_tokens, table.num_directions
+    x, weight, bias = torch.randn(2, tokens, 10), torch.randn(directions, 10, width), torch.randn(directions, 10)
+    sequence = (torch.arange(tokens) // 7).expand(2, tokens) if sequences else None
+    initial = torch.randn(2, directions, 10, width - 1)
+    options = (path, grid, True)
+    exact = conv_torch.forward(x.double(), weight.double(), bias.double(), sequence, initial.double(), *options)
+    dout, dfinal = torch.randn_like(exact[0]), torch.randn_like(exact[1])
+    wide = (x.double(), weight.double(), bias.double(), sequence, initial.double())
+    exact = (*exact, *conv_torch.backward(dout, dfinal, *wide, *options))
+    found = conv.forward(x, weight, bias, sequence, initial, *options)
+    found = (*found, *conv.backward(dout.float(), dfinal.float(), x, weight, bias, sequence, initial, *options))
+    for actual, expected in zip(found, exact, strict=True):
+        assert relative(actual, expected) <= 1e-6
