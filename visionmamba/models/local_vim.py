@@ -164,8 +164,8 @@ class LocalVim(Vim):
             return axial_rope_table(self.embed_dim, grid, None, self.rope_reference_size, device=device)
         rows, columns = self.patch_embed.grid_size
         table = axial_rope_table(self.embed_dim, [rows, columns], None, self.rope_reference_size, device=device)
-        tables = [resize_grid_embed(part.view(1, rows, columns, -1), grid).flatten(1, 2) for part in table]
-        return torch.cat(tables)
+        channels = table.transpose(0, 1).reshape(1, rows, columns, self.embed_dim)  # cosines, then sines
+        return resize_grid_embed(channels, grid).flatten(0, 2).unflatten(1, [2, -1]).transpose(0, 1)
 
 
 _SSM_NAMES = {
