@@ -28,6 +28,8 @@ __all__ = ["LocalVim", "LocalVimMixer", "checkpoint_filter_fn", "official_state_
 
 Tensors = dict[str, torch.Tensor]
 
+torch.fx.wrap("resize_grid_embed")  # FX looks for leaf functions where forward is defined, and ours is Vim's
+
 
 class LocalVimMixer(nn.Module):
     """LocalVim's token mixer: project to a gated, wider space, scan it along the layer's directions, project back.
