@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from timm.optim import create_optimizer_v2
 
+from ._files import replacing
 from .data import DIGIT_NAMES, Digits, load_digits, render_digits
 from .inference import CFG_METADATA_KEY, input_size
 
@@ -132,17 +131,6 @@ def accuracy(probabilities: torch.Tensor, digits: Digits) -> float:
     return (probabilities.argmax(-1) == digits.labels.cpu()).float().mean().item()
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to, and rename it to the path if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_checkpoint(model: nn.Module, name: str, path: Path) -> None:
     """Save a classifier of digits as safetensors, whole or not at all.
 
@@ -166,7 +154,7 @@ def save_checkpoint(model: nn.Module, name: str, path: Path) -> None:
         "label_names": DIGIT_NAMES,
     }
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"model": name, CFG_METADATA_KEY: json.dumps(overlay)})
 
 
@@ -191,5 +179,5 @@ def draw_predictions(digits: Digits, probabilities: torch.Tensor, path: Path, co
         right = predicted.item() == label
         caption = f"{DIGIT_NAMES[predicted]} {share:.0%}" + ("" if right else f" not {DIGIT_NAMES[label]}")
         draw.text((left + 4, top + _TILE + 1), caption, fill="darkgreen" if right else "red", font=font)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         sheet.save(temporary, format="PNG")

@@ -124,8 +124,10 @@ class SelectiveSSM(nn.Module):
         if self.conv_weight is None:
             projected = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (self.x_proj_weight.shape[0], -1))
             projected = projected.expand(-1, -1, self.num_directions, -1)
+        elif self.shared or self.num_directions == 1:
+            projected = F.linear(u, self.x_proj_weight[0])
         else:
-            projected = torch.einsum("blkd,kcd->blkc", u, self.each(self.x_proj_weight))
+            projected = torch.einsum("blkd,kcd->blkc", u, self.x_proj_weight)
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return dt, B, C
 
