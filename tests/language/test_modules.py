@@ -158,7 +158,7 @@ def test_bad_calls():
         mamba(torch.randn(1, 3, 24), inference_params=InferenceParams(4, 1))
     with pytest.raises(ValueError, match="expected one token a step, got 3"):
         mamba.step(torch.randn(1, 3, 24), *mamba.allocate_inference_cache(1, 1))
-    with pytest.raises(ValueError, match="expected no states with them"):
+    with pytest.raises(ValueError, match="expected no states with packed sequences"):
         mamba(torch.randn(1, 3, 24), cu_seqlens=torch.tensor([0, 3]), return_final_states=True)
     with pytest.raises(ValueError, match="expected at most 1 rows, got 2 from row 0"):
         Mamba(24, layer_idx=0)(torch.randn(2, 3, 24), inference_params=InferenceParams(4, 1))
@@ -174,6 +174,21 @@ def test_packed_models_do_not_leak(kind):
         packed = model(tokens, cu_seqlens=torch.tensor(bounds)).logits
         alone = [model(tokens[:, a:b]).logits for a, b in pairwise(bounds)]
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+@torch.no_grad()
+def test_packed_prefill(kind):
+    """Prompts of different lengths in one row fill a cache row each, and decoding goes on as a batch."""
+    model, bounds = small_model(kind), [0, 9, 11, 12, 30]
+    tokens, following = torch.randint(0, 250, (1, 30)), torch.randint(0, 250, (4, 1))
+    parameters = InferenceParams(max_seqlen=32, max_batch_size=4)
+    model(tokens, inference_params=parameters, cu_seqlens=torch.tensor(bounds))
+    parameters.seqlen_offset = 1
+    logits = model(following, inference_params=parameters).logits[:, 0]
+    for row, (start, end) in enumerate(pairwise(bounds)):
+        expected = model(torch.cat([tokens[:, start:end], following[row : row + 1]], dim=1)).logits[0, -1]
+        torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2", "mlp"])

@@ -14,6 +14,7 @@ With D = ``d_inner`` channels, N = ``d_state`` and R = ``dt_rank`` (Gu & Dao 202
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -117,7 +118,7 @@ class Mamba(nn.Module):
 
         Args:
             hidden_states: ``(B, L, d_model)``.
-            inference_params: Cache to continue from and to update.
+            inference_params: Cache to continue from and to update; with ``cu_seqlens`` a row for each sequence.
             seq_idx: Packed sequences: the sequence of each token, ``(B, L)``.
             cu_seqlens: The same as boundaries, ``(S + 1,)``, for a batch of 1.
             initial_states: Convolution state ``(B, D, d_conv - 1)`` and SSM state ``(B, D, N)`` to begin with.
@@ -131,7 +132,8 @@ class Mamba(nn.Module):
         """
         cache = None
         if inference_params is not None:
-            cache = cached_states(self, inference_params, hidden_states.shape[0])
+            batch = hidden_states.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+            cache = cached_states(self, inference_params, batch)
             if inference_params.seqlen_offset > 0:
                 if hidden_states.shape[1] == 1:
                     return self.step(hidden_states, *cache)[0]
@@ -139,8 +141,10 @@ class Mamba(nn.Module):
         seq_idx = sequence_index(cu_seqlens, seq_idx, hidden_states)
         projected = self.in_proj(hidden_states)
         if seq_idx is not None:
-            if initial_states is not None or cache is not None or return_final_states:
-                raise ValueError("seq_idx: packed sequences begin and end with no state; expected no states with them")
+            if initial_states is not None or return_final_states or (cache is not None and cu_seqlens is None):
+                raise ValueError("seq_idx: expected no states with packed sequences, but cu_seqlens with a cache")
+            if cache is not None:
+                return self.out_proj(self._prefill(projected, cu_seqlens.tolist(), cache))
             y = apply_to_sequences(lambda rows: self._scan(rows, None)[0], projected, seq_idx)
             return self.out_proj(y)
         y, states = self._scan(projected, initial_states)
@@ -149,6 +153,16 @@ class Mamba(nn.Module):
                 target.copy_(state)
         out = self.out_proj(y)
         return (out, states) if return_final_states else out
+
+    def _prefill(self, projected: Tensor, bounds: list[int], cache: tuple[Tensor, Tensor]) -> Tensor:
+        """Run over packed sequences one by one, and keep the states after each."""
+        outputs = []
+        for row, (start, end) in enumerate(pairwise(bounds)):
+            y, states = self._scan(projected[:, start:end], None)
+            for target, state in zip(cache, states, strict=True):
+                target[row].copy_(state[0])
+            outputs.append(y)
+        return torch.cat(outputs, dim=1)
 
     def _scan(self, projected: Tensor, states: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """From ``in_proj``'s output to ``out_proj``'s input, and the states after the last token."""

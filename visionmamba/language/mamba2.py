@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers.selective_ssm import init_dt_bias_
-from ..ops import causal_conv1d, causal_conv1d_update, selective_state_update, ssd_scan
+from ..ops import (
+    causal_conv1d,
+    causal_conv1d_update,
+    causal_conv1d_varlen_states,
+    selective_state_update,
+    ssd_scan,
+)
+from ..ops.ssd.interface import varlen_states
 from .inference import InferenceParams, cached_states
 from .norms import RMSNormGated
 from .packed import sequence_index
@@ -141,7 +148,7 @@ class Mamba2(nn.Module):
             seqlen: L, where batch and length are flattened.
             seq_idx: Packed sequences: the sequence of each token, ``(B, L)``, from 0.
             cu_seqlens: The same as boundaries, ``(S + 1,)``, for a batch of 1.
-            inference_params: Cache to continue from and to update.
+            inference_params: Cache to continue from and to update; with ``cu_seqlens`` a row for each sequence.
             initial_states: Convolution state ``(B, conv channels, d_conv - 1)`` and SSM state ``(B, H, P, N)`` to begin
                 with.
             return_final_states: Also return those states after the last token.
@@ -156,14 +163,14 @@ class Mamba2(nn.Module):
         u = u.unflatten(0, (-1, seqlen)) if flat else u
         cache = None
         if inference_params is not None:
-            cache = cached_states(self, inference_params, u.shape[0])
+            cache = cached_states(self, inference_params, u.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
             if inference_params.seqlen_offset > 0:
                 if u.shape[1] == 1:
                     out = self.step(u, *cache)[0]
                     return out.flatten(0, 1) if flat else out
                 initial_states = cache
         seq_idx = sequence_index(cu_seqlens, seq_idx, u)
-        y, states = self._mix(self.in_proj(u), seq_idx, initial_states)
+        y, states = self._mix(self.in_proj(u), seq_idx, initial_states, None if cache is None else cu_seqlens)
         if cache is not None:
             for target, state in zip(cache, states, strict=True):
                 target.copy_(state)
@@ -197,10 +204,18 @@ class Mamba2(nn.Module):
         return torch.cat([F.silu(gate) * value, y], dim=-1) if gate.shape[-1] else y
 
     def _mix(
-        self, projected: Tensor, seq_idx: Tensor | None, states: tuple[Tensor, Tensor] | None
+        self,
+        projected: Tensor,
+        seq_idx: Tensor | None,
+        states: tuple[Tensor, Tensor] | None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """From ``in_proj``'s output to ``out_proj``'s input, and the states after the last token."""
+        """From ``in_proj``'s output to ``out_proj``'s input, and the states after the last token.
+
+        With ``cu_seqlens`` the states are those after each packed sequence.
+        """
         gate, value, z, xBC, dt = self._split(projected)
+        ends = None if cu_seqlens is None else causal_conv1d_varlen_states(xBC[0], cu_seqlens, self.d_conv - 1)
         conv_state, ssm_state = (None, None) if states is None else (state.unsqueeze(1) for state in states)
         # One direction: K = 1 in the operators' layouts
         xBC, conv_state = causal_conv1d(
@@ -213,7 +228,11 @@ class Mamba2(nn.Module):
             None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim)), self.dt_bias.float().unsqueeze(0),
             ssm_state, seq_idx, dt_limit=self.dt_limit, chunk_size=self.chunk_size,
         )  # fmt: skip
-        return self._finish(y, z, gate, value), (conv_state.squeeze(1), ssm_state.squeeze(1))
+        states = conv_state.squeeze(1), ssm_state.squeeze(1)
+        if cu_seqlens is not None:
+            step = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.dt_limit)
+            states = ends, varlen_states(x.squeeze(2), step, -torch.exp(self.A_log.float()), B.squeeze(2), cu_seqlens)
+        return self._finish(y, z, gate, value), states
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Advance by one token, updating the states in place.

@@ -79,7 +79,9 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _batches(run: TrainingRun, device: str | torch.device, seed: int, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    run: TrainingRun, device: str | torch.device, seed: int, **options: Any
+) -> Iterator[tuple[Tensor, Tensor]]:
     make = task(run.task, **(run.options | options))
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -95,9 +97,7 @@ def _asked_logits(model: MambaLMHeadModel, inputs: Tensor, targets: Tensor) -> t
 
 
 @torch.no_grad()
-def evaluate(
-    model: MambaLMHeadModel, run: TrainingRun, batches: int = 1, seed: int = 10**6, **options: Any
-) -> float:
+def evaluate(model: MambaLMHeadModel, run: TrainingRun, batches: int = 1, seed: int = 10**6, **options: Any) -> float:
     """Return the accuracy on fresh data.
 
     Args:

@@ -1,0 +1,128 @@
+"""Train Mamba, Mamba-2 or S4D on a synthetic task, and plot the logs.
+
+``python tools/train_synthetic.py selective_copying --layer Mamba1 --out results/synthetic`` writes
+``selective_copying_Mamba1.jsonl`` (the run, an entry an evaluation, the final accuracies). ``--paper`` takes the sizes
+of the papers' experiments, which want a GPU. ``python tools/train_synthetic.py plot --out results/synthetic`` draws
+every log in the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from visionmamba.language import MambaLMHeadModel
+from visionmamba.language.synthetic import TASKS
+from visionmamba.language.training import TrainingRun, evaluate_lengths, train
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+_SIZES = {"Mamba1": {}, "Mamba2": {"headdim": 16, "d_state": 64}, "S4D": {"d_state": 32, "expand": 2}}
+"""Mixer arguments that give the three models about the same number of parameters."""
+
+_SMALL = {
+    "copying": {"options": {"length": 64, "num_tokens": 8}, "steps": 2000, "lr": 3e-3},
+    "selective_copying": {"options": {"length": 64, "num_tokens": 8}, "steps": 4000, "lr": 3e-3},
+    "induction_heads": {"options": {"length": 32}, "steps": 2000, "lr": 3e-3},
+    "mqar": {"options": {"length": 64, "num_pairs": 8, "vocab_size": 128}, "steps": 3000, "lr": 3e-3},
+}
+_PAPER = {
+    "copying": {"options": {"length": 1024, "num_tokens": 16}, "steps": 50_000, "lr": 1e-3},
+    "selective_copying": {"options": {"length": 1024, "num_tokens": 16}, "steps": 100_000, "lr": 1e-3},
+    "induction_heads": {"options": {"length": 256}, "steps": 50_000, "batch": 8, "lr": 1e-3},
+    "mqar": {
+        "options": {"length": 256, "num_pairs": 64, "vocab_size": 8192},
+        "steps": 50_000,
+        "lr": 1e-3,
+        "d_model": 64,
+    },
+}
+_LENGTHS = [2**power for power in range(6, 17)]
+"""Lengths that induction heads are tested at."""
+
+
+def _final(model: MambaLMHeadModel, run: TrainingRun) -> dict[str, dict[int, float]]:
+    """Accuracies of the trained model: on many batches, and for induction heads at other lengths."""
+    if run.task != "induction_heads":
+        return {"length": evaluate_lengths(model, run, [run.options["length"]], 16)}
+    lengths = [n for n in _LENGTHS if n <= 256 * run.options["length"]]
+    small = replace(run, batch=8)
+    return {"length": evaluate_lengths(model, small, lengths, 16)}
+
+
+@app.command(name="plot")
+def plot(out: Annotated[Path, typer.Option(help="Folder with the logs.")] = Path("results/synthetic")) -> None:
+    """Draw accuracy against steps of every log in a folder, and accuracy against length where there is one."""
+    import matplotlib.pyplot as plt
+
+    logs = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(out.glob("*.jsonl"))
+    }
+    tasks = sorted({entries[0]["run"]["task"] for entries in logs.values()})
+    panels = len(tasks) + ("induction_heads" in tasks)
+    figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 3.4), squeeze=False)
+    for entries in logs.values():
+        run, points = entries[0]["run"], [entry for entry in entries if "step" in entry]
+        axis = axes[0, tasks.index(run["task"])]
+        axis.plot([p["step"] for p in points], [p["accuracy"] for p in points], label=run["layer"])
+        axis.set(title=run["task"].replace("_", " "), xlabel="step", ylabel="accuracy", ylim=(0, 1.02))
+        final = entries[-1].get("length", {})
+        if len(final) > 1:
+            axes[0, -1].plot([int(n) for n in final], list(final.values()), marker="o", label=run["layer"])
+            axes[0, -1].set(title="induction heads: length", xlabel="test length", ylim=(0, 1.02))
+            axes[0, -1].set_xscale("log", base=2)
+    for axis in axes[0]:
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(out / "synthetic.png", dpi=120)
+    typer.echo(f"wrote {out / 'synthetic.png'}")
+
+
+def _command(task: str) -> None:
+    """Add the command that trains on a task."""
+
+    def command(
+        layer: Annotated[str, typer.Option(help="Mamba1, Mamba2 or S4D.")] = "Mamba1",
+        paper: Annotated[bool, typer.Option("--paper", help="The papers' sizes; wants a GPU.")] = False,
+        steps: Annotated[int | None, typer.Option(help="Optimisation steps at most.")] = None,
+        lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+        batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
+        d_model: Annotated[int | None, typer.Option(help="Width.")] = None,
+        d_state: Annotated[int | None, typer.Option(help="States a channel.")] = None,
+        stop_at: Annotated[float, typer.Option(help="Stop at this accuracy, three times in a row.")] = 0.998,
+        seed: int = 0,
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+        dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "float32",
+        out: Annotated[Path, typer.Option(help="Folder for the log.")] = Path("results/synthetic"),
+    ) -> None:
+        settings = dict((_PAPER if paper else _SMALL)[task])
+        given = {"steps": steps, "lr": lr, "batch": batch, "d_model": d_model}
+        settings |= {name: value for name, value in given.items() if value is not None}
+        ssm_cfg = _SIZES[layer] | ({} if d_state is None else {"d_state": d_state})
+        run = TrainingRun(
+            layer=layer, task=task, ssm_cfg=ssm_cfg, seed=seed, stop_at=stop_at, dtype=dtype,
+            eval_every=max(50, settings["steps"] // 200), **settings,
+        )  # fmt: skip
+        name = f"{task}_{layer}" + ("" if d_state is None else f"_N{d_state}")
+        log = out / f"{name}.jsonl"
+        model, _ = train(run, device, log, lambda entry: typer.echo(json.dumps(entry)))
+        final = _final(model, run) | {"parameters": sum(p.numel() for p in model.parameters())}
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(final) + "\n")
+        typer.echo(json.dumps(final))
+
+    command.__doc__ = f"Train on {task.replace('_', ' ')}."
+    app.command(name=task)(command)
+
+
+for _task in TASKS:
+    _command(_task)
+
+
+if __name__ == "__main__":
+    app()
