@@ -197,10 +197,13 @@ class HierarchicalModel(nn.Module):
             The list of features, or the final features ``(B, H, W, C)`` and the list.
         """
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt: expected NCHW or NHWC, got {output_fmt!r}")
+            raise ValueError(f"output_fmt: expected NCHW or NHWC, got {output_fmt}")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
-        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[: max_index + 1]
+        if torch.jit.is_scripting() or not stop_early:
+            stages = self.stages
+        else:
+            stages = self.stages[: max_index + 1]
         x = self.forward_stem(x)
         intermediates, i = [], 0
         for i, stage in enumerate(stages):

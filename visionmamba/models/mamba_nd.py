@@ -456,8 +456,8 @@ default_cfgs = generate_default_cfgs(
         "mamba3d_small_k400.k400": _video_cfg(
             description="Weights in https://huggingface.co/jacklishufan/Mamba-ND/tree/main/k400", notes=("top1: 81.9",)
         ),
-        "test_mamba2d": _cfg(input_size=(3, 64, 64), pool_size=(4, 4)),
-        "test_mamba3d": _video_cfg(input_size=(3, 32, 32), num_classes=1000),
+        "test_mamba2d.untrained": _cfg(input_size=(3, 64, 64), pool_size=(4, 4)),
+        "test_mamba3d.untrained": _video_cfg(input_size=(3, 32, 32), num_classes=1000),
     }
 )
 

@@ -377,7 +377,7 @@ default_cfgs = generate_default_cfgs(
         "plainmamba_l1.in1k": _cfg("l1.pth", notes=("top1: 77.9", "top5: 94.0")),
         "plainmamba_l2.in1k": _cfg("l2.pth", notes=("top1: 81.6", "top5: 95.6")),
         "plainmamba_l3.in1k": _cfg("l3.pth", notes=("top1: 82.3", "top5: 95.9")),
-        "test_plainmamba": _cfg(input_size=(3, 64, 64), pool_size=(8, 8)),
+        "test_plainmamba.untrained": _cfg(input_size=(3, 64, 64), pool_size=(8, 8)),
     }
 )
 

@@ -462,28 +462,31 @@ class Vim(nn.Module):
             says what a block's feature is.
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: expected NCHW or NLC, got {output_fmt!r}")
+            raise ValueError(f"output_fmt: expected NCHW or NLC, got {output_fmt}")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
-        checkpointing = self.grad_checkpointing and not torch.jit.is_scripting()
+        if torch.jit.is_scripting() or not stop_early:
+            blocks = self.blocks
+        else:
+            blocks = self.blocks[: max_index + 1]
         x, grid, table = self._embed(x)
         intermediates = []
         for i, block in enumerate(blocks):
-            feature = x
-            if self.feature_stream == "mixer":
-                x, feature = checkpoint(block.step, x, grid, table) if checkpointing else block.step(x, grid, table)
-                feature = feature * block.scale
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x, mixed = checkpoint(block.step, x, grid, table)
             else:
-                x = feature = checkpoint(block, x, grid, table) if checkpointing else block(x, grid, table)
+                x, mixed = block.step(x, grid, table)
+            feature = mixed * block.scale if self.feature_stream == "mixer" else x
             if i in take_indices:
                 intermediates.append(self._finish(feature) if norm else self._narrow(feature))
         features = [remove_class_token(feature, self.class_token) for feature in intermediates]
         if output_fmt == "NCHW":
             features = [feature.transpose(1, 2).unflatten(2, grid).contiguous() for feature in features]
-        if return_prefix_tokens and self.num_class_tokens:
+        if not torch.jit.is_scripting() and return_prefix_tokens and self.num_class_tokens:
             rows = class_token_indices(self.class_token, grid[0] * grid[1])
             features = [(feature, tokens[:, rows]) for feature, tokens in zip(features, intermediates, strict=True)]
-        return features if intermediates_only else (self._finish(x), features)
+        if intermediates_only:
+            return features
+        return self._finish(x), features
 
     def _narrow(self, x: torch.Tensor) -> torch.Tensor:
         """Return the residual stream in the dtype of activations outside it, the parameters'."""
