@@ -1,0 +1,25 @@
+"""The zoo's models as backbones of OpenMMLab's detectors and segmentors; importing this registers them.
+
+In a config::
+
+    custom_imports = dict(imports=["visionmamba.openmmlab"], allow_failed_imports=False)
+    model = dict(backbone=dict(type="VisionMambaBackbone", model_name="vmamba_tiny_s1l8", ...), ...)
+
+mmcv's compiled operators are replaced where they are missing, see :mod:`visionmamba.openmmlab.mmcv_ext`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+if importlib.util.find_spec("mmengine") is None:
+    raise ImportError('OpenMMLab is not installed; pip install "visionmamba[openmmlab]"')
+
+from .mmcv_ext import install
+
+install()  # before anything imports mmcv.ops
+
+from .backbone import VisionMambaBackbone  # noqa: E402
+from .neck import VisionMambaFeaturePyramid  # noqa: E402
+
+__all__ = ["VisionMambaBackbone", "VisionMambaFeaturePyramid", "install"]

@@ -1,0 +1,82 @@
+"""Deformable convolutions on torchvision (Dai et al. 2017; Zhu et al. 2019 for the modulated form)."""
+
+from __future__ import annotations
+
+import torch
+from torchvision.ops import deform_conv2d
+
+__all__ = [
+    "deform_conv_backward_input",
+    "deform_conv_backward_parameters",
+    "deform_conv_forward",
+    "modulated_deform_conv_backward",
+    "modulated_deform_conv_forward",
+]
+
+
+def _gradients(tensors, grad_output, convolve):
+    """Gradients of ``convolve(*tensors)`` with respect to the tensors."""
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        return torch.autograd.grad(convolve(*leaves), leaves, grad_output)
+
+
+def _geometry(dH, dW, padH, padW, dilationH, dilationW):
+    return {"stride": (dH, dW), "padding": (padH, padW), "dilation": (dilationH, dilationW)}
+
+
+def deform_conv_forward(
+    input, weight, offset, output, _columns, _ones, kW, kH, dW, dH, padW, padH, dilationW, dilationH, group,
+    deformable_group, im2col_step,
+):  # fmt: skip
+    """Convolve at offset positions into ``output``; groups follow from the tensors' shapes."""
+    output.copy_(deform_conv2d(input, offset, weight, **_geometry(dH, dW, padH, padW, dilationH, dilationW)))
+
+
+def deform_conv_backward_input(
+    input, offset, grad_output, grad_input, grad_offset, weight, _columns, kW, kH, dW, dH, padW, padH, dilationW,
+    dilationH, group, deformable_group, im2col_step,
+):  # fmt: skip
+    """Write the gradients of the input and the offsets."""
+    geometry = _geometry(dH, dW, padH, padW, dilationH, dilationW)
+    gradients = _gradients((input, offset), grad_output, lambda x, o: deform_conv2d(x, o, weight, **geometry))
+    grad_input.copy_(gradients[0])
+    grad_offset.copy_(gradients[1])
+
+
+def deform_conv_backward_parameters(
+    input, offset, grad_output, grad_weight, _columns, _ones, kW, kH, dW, dH, padW, padH, dilationW, dilationH, group,
+    deformable_group, scale, im2col_step,
+):  # fmt: skip
+    """Add the gradient of the weight, times ``scale``."""
+    geometry = _geometry(dH, dW, padH, padW, dilationH, dilationW)
+    weight = torch.zeros_like(grad_weight)
+    (gradient,) = _gradients((weight,), grad_output, lambda w: deform_conv2d(input, offset, w, **geometry))
+    grad_weight.add_(gradient, alpha=scale)
+
+
+def modulated_deform_conv_forward(
+    input, weight, bias, _ones, offset, mask, output, _columns, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w,
+    dilation_h, dilation_w, group, deformable_group, with_bias,
+):  # fmt: skip
+    """Convolve at offset positions with a weight for each sample into ``output``."""
+    geometry = _geometry(stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
+    output.copy_(deform_conv2d(input, offset, weight, bias if with_bias else None, mask=mask, **geometry))
+
+
+def modulated_deform_conv_backward(
+    input, weight, bias, _ones, offset, mask, _columns, grad_input, grad_weight, grad_bias, grad_offset, grad_mask,
+    grad_output, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group,
+    with_bias,
+):  # fmt: skip
+    """Write the gradients of the input, the offsets, the sample weights, the weight and the bias."""
+    geometry = _geometry(stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
+    gradients = _gradients(
+        (input, offset, mask, weight),
+        grad_output,
+        lambda x, o, m, w: deform_conv2d(x, o, w, mask=m, **geometry),
+    )
+    for target, gradient in zip((grad_input, grad_offset, grad_mask, grad_weight), gradients, strict=True):
+        target.copy_(gradient)
+    if with_bias:
+        grad_bias.copy_(grad_output.sum((0, 2, 3)))
