@@ -5,7 +5,8 @@ In a config::
     custom_imports = dict(imports=["visionmamba.openmmlab"], allow_failed_imports=False)
     model = dict(backbone=dict(type="VisionMambaBackbone", model_name="vmamba_tiny_s1l8", ...), ...)
 
-mmcv's compiled operators are replaced where they are missing, see :mod:`visionmamba.openmmlab.mmcv_ext`.
+mmcv's compiled operators are replaced where they are missing, see :mod:`visionmamba.openmmlab.mmcv_ext`. Configs that
+inherit ``mmseg::...`` are read after importing this, see :func:`find_mmseg_configs`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,22 @@ if importlib.util.find_spec("mmengine") is None:
 
 from .mmcv_ext import install
 
+
+def find_mmseg_configs() -> None:
+    """Let configs inherit ``mmseg::...`` where mmseg is installed under another name than mmsegmentation's.
+
+    mmengine looks for the distribution ``mmsegmentation``, which the maintained one (``onedl-mmsegmentation``) is not
+    called; by the name of the module it finds both.
+    """
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    MODULE2PACKAGE["mmseg"] = "mmseg"
+
+
+find_mmseg_configs()
 install()  # before anything imports mmcv.ops
 
 from .backbone import VisionMambaBackbone  # noqa: E402
 from .neck import VisionMambaFeaturePyramid  # noqa: E402
 
-__all__ = ["VisionMambaBackbone", "VisionMambaFeaturePyramid", "install"]
+__all__ = ["VisionMambaBackbone", "VisionMambaFeaturePyramid", "find_mmseg_configs", "install"]
