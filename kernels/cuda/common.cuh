@@ -15,7 +15,7 @@ typedef uint16 act_t;
 #endif
 
 #define FULL_WARP 0xffffffffu
-#define LOG2E 1.4426950408889634f
+#define LOG2E 1.44269504f
 #define LN2 0.6931471805599453f
 
 #ifndef VM_EMULATE
@@ -146,10 +146,20 @@ template <int V> __device__ __forceinline__ void store_delta(delta_t* p, const f
 #endif
 }
 
-// log(1 + e) for e in [0, 1] as e times a polynomial: relative error 4e-7 (float32), 9e-6 (16-bit activations), which
-// lg2.approx, with its absolute error, does not give for small e.
+// log(1 + e) for e in [0, 1] as e times a polynomial (minimax in relative error, below 4e-7): lg2.approx, with its
+// absolute error, is not accurate for small e.
 __device__ __forceinline__ float log1p_unit(float e) {
 #if ACT == 0
+  float p = 0.00523262408f;
+  p = p * e - 0.0295049575f;
+  p = p * e + 0.0782254939f;
+  p = p * e - 0.136632069f;
+  p = p * e + 0.191059885f;
+  p = p * e - 0.248429775f;
+  p = p * e + 0.333190962f;
+  p = p * e - 0.499994931f;
+  p = p * e + 0.99999997f;
+#else
   float p = -0.00853909647f;
   p = p * e + 0.0440892386f;
   p = p * e - 0.107681171f;
@@ -158,13 +168,6 @@ __device__ __forceinline__ float log1p_unit(float e) {
   p = p * e + 0.332754776f;
   p = p * e - 0.499974053f;
   p = p * e + 0.999999806f;
-#else
-  float p = -0.0238688565f;
-  p = p * e + 0.101221544f;
-  p = p * e - 0.210048039f;
-  p = p * e + 0.325206446f;
-  p = p * e - 0.499361335f;
-  p = p * e + 0.999991598f;
 #endif
   return p * e;
 }
@@ -181,6 +184,23 @@ __device__ __forceinline__ float softplus(float v, float& derivative) {
   derivative = v >= 0.f ? r : e * r;
   return fmaxf(v, 0.f) + log1p_unit(e);
 }
+
+// A decay exp(Delta A). 16-bit activations take A times log2(e) once and one exponential a step; float32 ones keep A and
+// carry the low part of the product with log2(e), which would otherwise cost large exponents their last digits.
+#if ACT == 0
+#define DECAY_SCALE 1.f
+#define DECAY_UNSCALE 1.f
+__device__ __forceinline__ float decay_of(float x, float a) {
+  float t = x * a, high = t * LOG2E;
+  float low = fmaf(t, 1.92596299e-8f, fmaf(t, LOG2E, -high));
+  float e = exp2_approx(high);
+  return fmaf(e, low * LN2, e);
+}
+#else
+#define DECAY_SCALE LOG2E
+#define DECAY_UNSCALE LN2
+__device__ __forceinline__ float decay_of(float x, float a) { return exp2_approx(x * a); }
+#endif
 
 __device__ __forceinline__ float sigmoid(float z) {
   float e = exp2_approx(-fabsf(z) * LOG2E);

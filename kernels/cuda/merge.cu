@@ -61,9 +61,9 @@ extern "C" __global__ void __launch_bounds__(256) reduce_projections(const __gri
 }
 
 struct RowsArgs {
-  const float* partial;   // (rows, width)
-  float* out;             // (width)
-  int64 rows, width;
+  const float* partial;          // (rows, width)
+  float *first, *second, *third; // the column sums: up to first_end, up to second_end, and the rest
+  int64 rows, width, first_end, second_end;
 };
 
 // Column sums; the rows' partial sums of a column are added in a fixed order.
@@ -81,7 +81,8 @@ extern "C" __global__ void __launch_bounds__(256) reduce_rows(const __grid_const
     float total = 0.f;
 #pragma unroll
     for (int i = 0; i < 8; i++) total += sums[i][lane];
-    p.out[column] = total;
+    float* out = column < p.first_end ? p.first + column : column < p.second_end ? p.second + column - p.first_end : p.third + column - p.second_end;
+    *out = total;
   }
 }
 
@@ -93,14 +94,31 @@ struct GateArgs {
   int z_l, z_k, dout_l, dout_k, D, L, G, parts;
 };
 
-// dz = silu'(z) sum over a gate's parts (the directions that it gates) of dout y
-extern "C" __global__ void __launch_bounds__(256) gate_gradient(const __grid_constant__ GateArgs p) {
-  const int64 index = (int64)blockIdx.x * 256 + threadIdx.x, row = index / p.D;
-  if (row >= p.rows) return;
-  const int d = (int)(index - row * p.D), g = (int)(row % p.G), l = (int)(row / p.G % p.L);
+// dz = silu'(z) sum over a gate's parts (the directions that it gates) of dout y; a block a row.
+template <int V> __device__ __forceinline__ void gate_gradient(const GateArgs& p) {
+  const int64 row = blockIdx.x;
+  const int g = (int)(row % p.G), l = (int)(row / p.G % p.L);
   const int64 b = row / p.G / p.L;
-  const act_t* dout = p.dout + b * p.dout_b + (int64)l * p.dout_l + (int64)g * p.dout_k + d;
-  float sum = 0.f;
-  for (int i = 0; i < p.parts; i++) sum += to_float(dout[(int64)i * p.dout_k]) * p.y[(row * p.parts + i) * p.D + d];
-  p.dz[index] = from_float(sum * silu_slope(to_float(p.z[b * p.z_b + (int64)l * p.z_l + (int64)g * p.z_k + d])));
+  const act_t* dout = p.dout + b * p.dout_b + (int64)l * p.dout_l + (int64)g * p.dout_k;
+  const act_t* z = p.z + b * p.z_b + (int64)l * p.z_l + (int64)g * p.z_k;
+  const float* y = p.y + row * p.parts * p.D;
+  for (int d = threadIdx.x * V; d < p.D; d += 128 * V) {
+    float sum[V], gate[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) sum[v] = 0.f;
+    for (int i = 0; i < p.parts; i++) {
+      float f[V], part[V];
+      unpack(load_raw<V>(dout + (int64)i * p.dout_k + d), f);
+      load_floats<V>(y + (int64)i * p.D + d, part);
+#pragma unroll
+      for (int v = 0; v < V; v++) sum[v] += f[v] * part[v];
+    }
+    unpack(load_raw<V>(z + d), gate);
+#pragma unroll
+    for (int v = 0; v < V; v++) sum[v] *= silu_slope(gate[v]);
+    store_act<V>(p.dz + row * p.D + d, sum);
+  }
 }
+
+extern "C" __global__ void __launch_bounds__(128) gate_gradient_1(const __grid_constant__ GateArgs p) { gate_gradient<1>(p); }
+extern "C" __global__ void __launch_bounds__(128) gate_gradient_2(const __grid_constant__ GateArgs p) { gate_gradient<2>(p); }

@@ -121,14 +121,14 @@ struct Projection {
   }
 };
 
-// A (K, D, N) in the compute layout, times log2(e), so that exp(delta A) = exp2(delta A2).
+// A (K, D, N) in the compute layout, scaled as decay_of wants it.
 __device__ __forceinline__ void load_decay(const ScanArgs& p, const Place& at, float a2[CPT][SPT]) {
 #pragma unroll
   for (int i = 0; i < CPT; i++)
 #pragma unroll
     for (int j = 0; j < SPT; j++) {
       bool ok = at.channel(i) < p.D_ && at.q * SPT + j < D_STATE;
-      a2[i][j] = ok ? p.A[at.state(p, at.k, i) + j] * LOG2E : 0.f;
+      a2[i][j] = ok ? p.A[at.state(p, at.k, i) + j] * DECAY_SCALE : 0.f;
     }
 }
 
@@ -245,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_forwar
         y[i] = 0.f;
 #pragma unroll
         for (int j = 0; j < SPT; j++) {
-          h[i][j] = exp2_approx(x[i] * a2[i][j]) * h[i][j] + xu * b[j];  // h_t = exp(Delta A) h_{t-1} + Delta B u
+          h[i][j] = decay_of(x[i], a2[i][j]) * h[i][j] + xu * b[j];  // h_t = exp(Delta A) h_{t-1} + Delta B u
           y[i] += h[i][j] * cc[j];                                       // y_t = C h_t
         }
       }
@@ -371,7 +371,7 @@ template <bool ADJOINT> __device__ __forceinline__ void carry(const ScanArgs& p)
         total[i] += x[i];
 #pragma unroll
         for (int j = 0; j < SPT; j++) {
-          const float a = exp2_approx(x[i] * a2[i][j]);
+          const float a = decay_of(x[i], a2[i][j]);
           h[i][j] = a * h[i][j] + xu * b[j];
           if constexpr (ADJOINT) {
             decay[i][j] *= a;
@@ -409,11 +409,11 @@ extern "C" __global__ void __launch_bounds__(128) combine_carries(const __grid_c
   if (index >= p.rows * D * D_STATE) return;
   const int64 dn = index % (D * D_STATE), row = index / (D * D_STATE), d = dn / D_STATE;
   const int64 stride = D * D_STATE, base = row * chunks * stride + dn, delta_base = row * chunks * D + d;
-  const float a2 = p.A[(row % p.K) * stride + dn] * LOG2E;
+  const float a2 = p.A[(row % p.K) * stride + dn] * DECAY_SCALE;
   float h = p.initial != nullptr ? p.initial[index] : 0.f;
 #pragma unroll 8
   for (int c = 0; c < chunks; c++) {
-    const float own = state[base + c * stride], decay = exp2_approx(a2 * p.delta[delta_base + c * D]);
+    const float own = state[base + c * stride], decay = decay_of(p.delta[delta_base + c * D], a2);
     state[base + c * stride] = h;
     h = decay * h + own;
   }
@@ -421,7 +421,7 @@ extern "C" __global__ void __launch_bounds__(128) combine_carries(const __grid_c
   float g = p.dlast != nullptr ? p.dlast[index] : 0.f;
 #pragma unroll 8
   for (int c = chunks - 1; c >= 0; c--) {
-    const float own = adjoint[base + c * stride], decay = exp2_approx(a2 * p.delta[delta_base + c * D]);
+    const float own = adjoint[base + c * stride], decay = decay_of(p.delta[delta_base + c * D], a2);
     adjoint[base + c * stride] = g;
     g = decay * g + own;
   }
@@ -455,7 +455,7 @@ template <bool KEEP> __device__ __forceinline__ void advance(const BackwardShare
     const float xu = x[i] * f[i];
 #pragma unroll
     for (int j = 0; j < SPT; j++) {
-      const float decay = exp2_approx(x[i] * a2[i][j]);
+      const float decay = decay_of(x[i], a2[i][j]);
       if constexpr (KEEP) a[i][j] = decay;
       next[i][j] = decay * h[i][j] + xu * b[j];
     }
@@ -698,7 +698,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
       load_floats<VEC>(s.from_A + at_shared, from_A);
 #pragma unroll
       for (int v = 0; v < VEC; v++) {
-        const float ddelta_v = (LN2 * from_A[v] + from_B[v] * f[v]) * slope[v];
+        const float ddelta_v = (DECAY_UNSCALE * from_A[v] + from_B[v] * f[v]) * slope[v];
         g[v] = from_B[v] * x[v] + skip[v] * g[v];
         f[v] = ddelta_v;
         if (token >= 0) dbias[v] += ddelta_v;

@@ -4,7 +4,7 @@
 // (backward: the gradients of the u that they share) are summed in shared memory, in a fixed order, and written once.
 // With one state there is little work a step and many steps, so the steps are the parallel axis: a thread takes VEC
 // channels of STEPS consecutive steps of the path, and a scan over the block's threads passes the states on. Decays
-// multiply along the path, so the scan's elements are (exp2(A2 sum Delta), h). A path longer than a round of all threads
+// multiply along the path, so the scan's elements are (exp(A sum Delta), h). A path longer than a round of all threads
 // takes several rounds.
 //
 // Macros: ACT, DELTA_FLOAT, TILE_CHANNELS, VEC, STEPS, THREADS, MIN_BLOCKS, SOFTPLUS, STEP_ORDER, MERGE (sum the directions; otherwise
@@ -219,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_forward(c
     load_columns(p.D, p, at, k, skip);
     load_columns(p.state_in, p, at, (int64)at.b * p.K + k, carry);
 #pragma unroll
-    for (int v = 0; v < VEC; v++) a2[v] *= LOG2E;
+    for (int v = 0; v < VEC; v++) a2[v] *= DECAY_SCALE;
     for (int round = 0; round < p.rounds; round++, turn ^= 1) {
       Steps<false> now = next;
       const int next_k = round + 1 < p.rounds ? k : k + 1, next_first = at.first_step(round + 1 < p.rounds ? round + 1 : 0);
@@ -236,14 +236,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_forward(c
         const float B = to_float(now.B[j]);
 #pragma unroll
         for (int v = 0; v < VEC; v++) {
-          a[j][v] = exp2_approx(x[v] * a2[v]);
+          a[j][v] = decay_of(x[v], a2[v]);
           b[j][v] = x[v] * f[v] * B;
           own[v].decay += x[v];
           own[v].h = a[j][v] * own[v].h + b[j][v];
         }
       }
 #pragma unroll
-      for (int v = 0; v < VEC; v++) own[v].decay = exp2_approx(own[v].decay * a2[v]);
+      for (int v = 0; v < VEC; v++) own[v].decay = decay_of(own[v].decay, a2[v]);
       Link* shared = totals + turn * WARPS * TILE_CHANNELS;
       publish<false>(at, own, shared, before);
       if (next_k < p.K) next.load<false>(p, at, next_k, next_first);
@@ -295,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
     load_columns(p.D, p, at, k, skip);
     load_columns(p.state_in, p, at, bk, carry);
 #pragma unroll
-    for (int v = 0; v < VEC; v++) a2[v] = A[v] * LOG2E;
+    for (int v = 0; v < VEC; v++) a2[v] = A[v] * DECAY_SCALE;
     Steps<true> now;
     // The state at the start of each round but the last needs the rounds before it.
     for (int round = 0; round < p.rounds - 1; round++, turn ^= 1) {
@@ -315,12 +315,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
 #pragma unroll
         for (int v = 0; v < VEC; v++) {
           own[v].decay += x[v];
-          own[v].h = exp2_approx(x[v] * a2[v]) * own[v].h + x[v] * f[v] * B;
+          own[v].h = decay_of(x[v], a2[v]) * own[v].h + x[v] * f[v] * B;
         }
       }
       float unused[VEC];
 #pragma unroll
-      for (int v = 0; v < VEC; v++) own[v].decay = exp2_approx(own[v].decay * a2[v]);
+      for (int v = 0; v < VEC; v++) own[v].decay = decay_of(own[v].decay, a2[v]);
       Link* shared = totals + turn * 2 * WARPS * TILE_CHANNELS;
       publish<false>(at, own, shared, before);
       __syncthreads();
@@ -352,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
           x[j][v] += bias[v];
           if (SOFTPLUS) x[j][v] = softplus(x[j][v], slope[j][v]);
           if (now.token[j] < 0 || !at.ok) x[j][v] = 0.f;
-          a[j][v] = exp2_approx(x[j][v] * a2[v]);
+          a[j][v] = decay_of(x[j][v], a2[v]);
           own[v].decay += x[j][v];
           own[v].h = a[j][v] * own[v].h + x[j][v] * f[v] * B;
         }
@@ -366,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_backward(
         for (int v = 0; v < VEC; v++) back[v].h = a[j][v] * (C * g[v] + back[v].h);
       }
 #pragma unroll
-      for (int v = 0; v < VEC; v++) own[v].decay = back[v].decay = exp2_approx(own[v].decay * a2[v]);
+      for (int v = 0; v < VEC; v++) own[v].decay = back[v].decay = decay_of(own[v].decay, a2[v]);
       Link *forth_shared = totals + turn * 2 * WARPS * TILE_CHANNELS, *back_shared = forth_shared + WARPS * TILE_CHANNELS;
       publish<false>(at, own, forth_shared, before);
       publish<true>(at, back, back_shared, behind);

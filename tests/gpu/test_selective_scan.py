@@ -69,10 +69,17 @@ def check(tensors, dtype, **options):
         assert error <= tolerance, f"{name}: {error}"
 
 
-@seed(0)
-@settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_random_shapes_agree_with_float64(data):
+@pytest.mark.parametrize("batch_of_examples", range(10))  # apart, so that parallel workers share the compilations
+def test_random_shapes_agree_with_float64(batch_of_examples):
+    run = seed(batch_of_examples)(
+        settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))(
+            given(st.data())(random_shape)
+        )
+    )
+    run()
+
+
+def random_shape(data):
     directions = data.draw(st.sampled_from([1, 2, 4]))
     path = data.draw(st.sampled_from(PATHS[directions]))
     grid = (data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9)))

@@ -111,7 +111,7 @@ def backward(dout, dfinal, x, weight, bias, seq_idx, initial_states, path, grid,
     conv.run("conv_backward", partial=not direct, dx=dx, dinitial=dinitial, dparams=dparams, dfinal=dfinal)
     if not direct:
         dx = merge_directions(conv.launcher, dx, x.dtype)
-    dweight, dbias = sum_rows(conv.launcher, dparams, x.dtype).split([split * conv.width, split])
+    dweight, dbias = sum_rows(conv.launcher, dparams, x.dtype, (split * conv.width, split))
     return dx, dweight.view(weight.shape), None if bias is None else dbias.view(weight.shape[:2]), dinitial
 
 

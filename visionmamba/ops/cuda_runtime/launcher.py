@@ -82,6 +82,7 @@ class Launcher:
         self.multiprocessors: int = properties.multi_processor_count
         self.shared_bytes: int = properties.shared_memory_per_block_optin
         self.architecture = f"sm_{properties.major}{properties.minor}"
+        self._context = _primary_context(self.device.index)
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         self._lock = threading.Lock()
 
@@ -104,7 +105,6 @@ class Launcher:
     def _load(self, file: str, name: str, macros: Mapping[str, int], shared_bytes: int) -> Kernel:
         from cuda.bindings import driver
 
-        torch.cuda.current_stream(self.device)  # makes sure that torch has set up the device's context
         cubin = compile_cubin(file, macros, self.architecture)
         status, library = driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0)
         _check(status, f"loading {file}")
@@ -118,6 +118,14 @@ class Launcher:
         status, function = driver.cuKernelGetFunction(kernel)
         _check(status, f"binding {name} to the device's context")
         return Kernel(function, library)
+
+    def _enter(self) -> None:
+        """Make the device's context current: a thread of autograd's may not have entered it yet."""
+        from cuda.bindings import driver
+
+        _, current = driver.cuCtxGetCurrent()
+        if int(current) != int(self._context):
+            _check(driver.cuCtxSetCurrent(self._context)[0], "entering the device's context")
 
     def stream(self) -> int:
         """Return the address of torch's current stream on the device."""
@@ -136,6 +144,7 @@ class Launcher:
         """Launch a kernel on torch's current stream; compile it first if need be."""
         if blocks:
             with torch.cuda.device(self.device):
+                self._enter()
                 self.kernel(file, name, macros, shared_bytes).launch(
                     blocks, threads, arguments, self.stream(), shared_bytes
                 )
@@ -144,6 +153,18 @@ class Launcher:
 def _check(status: Any, what: str) -> None:
     if int(status) != 0:
         raise RuntimeError(f"{what} failed: {status!s}")
+
+
+def _primary_context(index: int) -> Any:
+    """Return the context that torch uses on a device."""
+    from cuda.bindings import driver
+
+    torch.cuda.current_stream(index)  # torch sets its context up
+    status, device = driver.cuDeviceGet(index)
+    _check(status, f"finding device {index}")
+    status, context = driver.cuDevicePrimaryCtxRetain(device)
+    _check(status, f"taking the context of device {index}")
+    return context
 
 
 @cache

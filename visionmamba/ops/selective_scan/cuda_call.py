@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -99,13 +100,24 @@ def merge_directions(launcher: Launcher, partial: Tensor, dtype: torch.dtype, z:
     return y
 
 
-def sum_rows(launcher: Launcher, partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum a float32 matrix over its rows, in a fixed order; ``dtype`` only chooses a compiled file."""
+def sum_rows(launcher: Launcher, partial: Tensor, dtype: torch.dtype, sizes: Sequence[int]) -> list[Tensor]:
+    """Sum a float32 matrix over its rows, in a fixed order.
+
+    Args:
+        launcher: The device.
+        partial: The matrix.
+        dtype: Only chooses a compiled file.
+        sizes: Columns of each result, three at most.
+
+    Returns:
+        The sums of the columns, cut into tensors of their own.
+    """
     count, width = partial.shape
-    out = torch.empty(width, device=partial.device)
-    arguments = Arguments((pointer(partial), pointer(out), count, width), ())
-    launcher.run("merge.cu", "reduce_rows", {"ACT": ACT[dtype]}, -(-width // 32), 256, arguments)
-    return out
+    results = [torch.empty(size, device=partial.device) for size in sizes]
+    first, second, third = (*map(pointer, results), 0, 0)[:3]
+    wide = (pointer(partial), first, second, third, count, width, sizes[0], sum(sizes[:2]))
+    launcher.run("merge.cu", "reduce_rows", {"ACT": ACT[dtype]}, -(-width // 32), 256, Arguments(wide, ()))
+    return results
 
 
 class Call:
@@ -166,9 +178,10 @@ class Call:
         dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
         z_b, z_l, z_k = z.stride()[:3] if z.dim() == 4 else (*z.stride()[:2], 0)
         dout_b, dout_l, dout_k = dout.stride()[:3] if dout.dim() == 4 else (*dout.stride()[:2], 0)
-        wide = (*map(pointer, (y, z, dout, dz)), self.batch * self.num_tokens * gates, z_b, dout_b)
+        rows = self.batch * self.num_tokens * gates
+        wide = (*map(pointer, (y, z, dout, dz)), rows, z_b, dout_b)
         narrow = (z_l, z_k, dout_l, dout_k, self.channels, self.num_tokens, gates, y.shape[2] // gates)
-        self._merge_kernel("gate_gradient", -(-dz.numel() // 256), Arguments(wide, narrow))
+        self._merge_kernel(f"gate_gradient_{self.vec}", rows, Arguments(wide, narrow), threads=128)
         return dz
 
     def projections(self, partial: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
@@ -183,11 +196,10 @@ class Call:
 
     def parameters(self, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sum the chunks' (B chunks, K D (N + 2)) to dA, dD and dbias."""
-        out = sum_rows(self.launcher, partial, self.u.dtype)
         shape = (self.directions, self.channels)
         split = self.directions * self.channels
-        dA, dD, dbias = out.split([split * self.states, split, split])
+        dA, dD, dbias = sum_rows(self.launcher, partial, self.u.dtype, (split * self.states, split, split))
         return dA.view(*shape, self.states), dD.view(shape), dbias.view(shape)
 
-    def _merge_kernel(self, name: str, blocks: int, arguments: Arguments) -> None:
-        self.launcher.run("merge.cu", name, {"ACT": ACT[self.u.dtype]}, blocks, 256, arguments)
+    def _merge_kernel(self, name: str, blocks: int, arguments: Arguments, threads: int = 256) -> None:
+        self.launcher.run("merge.cu", name, {"ACT": ACT[self.u.dtype]}, blocks, threads, arguments)
