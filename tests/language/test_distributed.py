@@ -43,23 +43,27 @@ CONFIGS = {
 }
 
 
-def _model(name):
+def _model(name, mesh):
     torch.manual_seed(0)
     cfg = CONFIGS[name] | {"ssm_cfg": {"layer": "Mamba2"} | CONFIGS[name]["ssm_cfg"]}
-    return MambaLMHeadModel(MambaConfig(d_model=32, n_layer=2, vocab_size=40, **cfg))
+    return MambaLMHeadModel(MambaConfig(d_model=32, n_layer=2, vocab_size=40, **cfg)).to(mesh.device_type)
 
 
-def _reference(name, tokens):
-    model = _model(name)
+def _tokens(mesh):
+    return torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(1)).to(mesh.device_type)
+
+
+def _reference(name, tokens, mesh):
+    model = _model(name, mesh)
     logits = model(tokens).logits
     logits.square().mean().backward()
     return model, logits.detach()
 
 
 def _check_tensor_parallel(name, mesh):
-    tokens = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(1))
-    reference, expected = _reference(name, tokens)
-    model = tensor_parallel(_model(name), mesh)
+    tokens = _tokens(mesh)
+    reference, expected = _reference(name, tokens, mesh)
+    model = tensor_parallel(_model(name, mesh), mesh)
     logits = model(tokens).logits
     logits.square().mean().backward()
     sum_replicated_gradients(model, mesh)
@@ -111,9 +115,9 @@ def _check_shards(name, model, wanted, mesh):
 
 
 def _check_context_parallel(name, mesh):
-    tokens = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(1))
-    reference, expected = _reference(name, tokens)
-    model = context_parallel(_model(name), mesh)
+    tokens = _tokens(mesh)
+    reference, expected = _reference(name, tokens, mesh)
+    model = context_parallel(_model(name, mesh), mesh)
     logits = model(shard_sequence(tokens, mesh)).logits
     (logits.square().sum() / expected.numel()).backward()
     torch.testing.assert_close(gather_sequence(logits.detach(), mesh), expected, rtol=1e-4, atol=1e-5)
@@ -124,21 +128,23 @@ def _check_context_parallel(name, mesh):
 
 def _check_errors(name, mesh):
     with pytest.raises(ValueError, match="divides the 8 heads, got 3"):
-        tensor_parallel(_model("one_group"), mesh)
+        tensor_parallel(_model("one_group", mesh), mesh)
     with pytest.raises(ValueError, match="divides the 10 tokens, got 3"):
         shard_sequence(torch.zeros(1, 10), mesh)
     with pytest.raises(TypeError, match="expected Mamba2, MHA or GatedMLP layers"):
         tensor_parallel(torch.nn.Linear(2, 2), mesh)
     with pytest.raises(TypeError, match="expected Mamba2 mixers only, got MHA"):
-        context_parallel(_model("hybrid"), mesh)
+        context_parallel(_model("hybrid", mesh), mesh)
 
 
-def _worker(rank, ranks, port, checks):
+def _worker(rank, ranks, port, checks, device):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        mesh = init_device_mesh("cpu", (ranks,))
+        mesh = init_device_mesh(device, (ranks,))
         for check, name in checks:
             globals()[check](name, mesh)
     finally:
@@ -153,8 +159,8 @@ def _free_port():
         return s.getsockname()[1]
 
 
-def _run(ranks, checks):
-    mp.spawn(_worker, (ranks, _free_port(), checks), nprocs=ranks)
+def _run(ranks, checks, device="cpu"):
+    mp.spawn(_worker, (ranks, _free_port(), checks, device), nprocs=ranks)
 
 
 def test_tensor_parallel():
@@ -167,3 +173,11 @@ def test_context_parallel_on_two_processes():
 
 def test_three_processes():
     _run(3, [("_check_context_parallel", "one_group"), ("_check_errors", "")])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus():
+    checks = [("_check_tensor_parallel", name) for name in CONFIGS]
+    checks += [("_check_context_parallel", name) for name in ("one_group", "groups", "mlp_beside", "no_norm")]
+    _run(2, checks, "cuda")
