@@ -11,13 +11,22 @@ from _timm_suite import SuiteUnavailableError, load_suite
 
 from visionmamba.zoo import model_names
 
-_FULL_SIZE = ("vim_tiny_patch16_224", "vmamba_tiny_s1l8")
+_FULL_SIZE = (
+    "efficient_vmamba_tiny",
+    "local_vim_tiny",
+    "local_vssm_tiny",
+    "mamba2d_small_patch8_224",
+    "plainmamba_l1",
+    "vim_tiny_patch16_224",
+    "vmamba_tiny_s1l8",
+)
 
 
 def _models() -> list[str]:
     asked = os.environ.get("VISIONMAMBA_TIMM_SUITE", "").split()
-    patterns = asked or ["test_*", *_FULL_SIZE]
-    return sorted({name for pattern in patterns for name in model_names(pattern)})
+    if not asked:
+        return sorted([*model_names("test_*"), *_FULL_SIZE])
+    return sorted({name for pattern in asked for name in model_names(pattern)})
 
 
 def _cases(test) -> list[str]:
@@ -39,8 +48,9 @@ except SuiteUnavailableError as error:
 
 cfg_device = _SUITE.cfg_device
 _TESTS = {name: test for name, test in vars(_SUITE).items() if name.startswith("test_") and _is_ours(test)}
-_pruning = _cases(_TESTS["test_prune_intermediate_layers_contract"])  # minutes for each; timm's CI leaves it out
-_pruning[:] = [pytest.param(name, marks=pytest.mark.slow) if name in _FULL_SIZE else name for name in _pruning]
+for _slowest in ("test_prune_intermediate_layers_contract", "test_model_backward_fx"):  # the first is not in timm's CI
+    _names = _cases(_TESTS[_slowest])
+    _names[:] = [pytest.param(name, marks=pytest.mark.slow) if name in _FULL_SIZE else name for name in _names]
 globals().update(_TESTS)
 
 

@@ -149,13 +149,18 @@ class LocalVim(Vim):
             with torch.no_grad():
                 mixer.out_proj.weight /= len(mixers) ** 0.5
 
+    def _grid_and_pos_embed(self, x: torch.Tensor) -> tuple[list[int], torch.Tensor | None]:
+        """Return the patch grid of images and its position embedding, whatever their size."""
+        rows, columns = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+        return [rows, columns], self._pos_embed_for((rows, columns))
+
     def _pos_embed_for(self, grid: tuple[int, int]) -> torch.Tensor | None:
         """Return the position embedding for a patch grid, interpolated bicubically as the authors do."""
         if self.pos_embed is None:
             return None
         rows, columns = self.patch_embed.grid_size
         patches = remove_class_token(self.pos_embed, self.class_token)
-        resized = resize_grid_embed(patches.unflatten(1, (rows, columns)), [grid[0], grid[1]]).flatten(1, 2)
+        resized = resize_grid_embed(patches.unflatten(1, [rows, columns]), [grid[0], grid[1]]).flatten(1, 2)
         if not self.class_token:
             return resized
         middle = rows * columns // 2

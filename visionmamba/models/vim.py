@@ -402,13 +402,17 @@ class Vim(nn.Module):
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
         update_model_input_size(self, self.patch_embed.img_size)
 
-    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int], torch.Tensor | None]:
-        """Return the first block's input ``(B, L, C)``, the patch grid, and the rotary embedding's table if any."""
-        rows, columns = self.patch_embed.grid_size
-        pos_embed = self.pos_embed
+    def _grid_and_pos_embed(self, x: torch.Tensor) -> tuple[list[int], torch.Tensor | None]:
+        """Return the patch grid of images and its position embedding; a scripted model takes only its own size."""
         if self.dynamic_img_size and not torch.jit.is_scripting():
             rows, columns = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-            pos_embed = self._pos_embed_for((rows, columns))
+            return [rows, columns], self._pos_embed_for((rows, columns))
+        rows, columns = self.patch_embed.grid_size
+        return [rows, columns], self.pos_embed
+
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int], torch.Tensor | None]:
+        """Return the first block's input ``(B, L, C)``, the patch grid, and the rotary embedding's table if any."""
+        grid, pos_embed = self._grid_and_pos_embed(x)
         x = self.patch_embed(x)
         if self.cls_token is not None:
             x = insert_class_token(x, self.cls_token, self.class_token)
@@ -417,7 +421,6 @@ class Vim(nn.Module):
         x = self.pos_drop(x)
         if self.residual_in_float32:
             x = widen(x)
-        grid = [rows, columns]
         if self.rope == "":
             return x, grid, None
         table = self._rope_table(grid, x.device)
