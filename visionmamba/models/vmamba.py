@@ -266,7 +266,7 @@ default_cfgs = generate_default_cfgs({
     "vmamba_tiny_m2.untrained": _cfg(),
     "vmamba_small_m2.untrained": _cfg(),
     "vmamba_base_m2.untrained": _cfg(),
-    "test_vmamba.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
+    "test_vmamba.untrained": _cfg(input_size=(3, 32, 32), pool_size=(1, 1)),
 })  # fmt: skip
 
 
