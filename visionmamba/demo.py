@@ -20,7 +20,7 @@ from .inference import CFG_METADATA_KEY, input_size
 
 __all__ = ["DemoConfig", "Trainer", "accuracy", "classify", "draw_predictions", "save_checkpoint"]
 
-_TILE = 64  # pixels a side of one digit in the picture
+_TILE = 80  # pixels a side of one digit in the picture
 _CAPTION = 18
 
 
@@ -39,8 +39,8 @@ class DemoConfig:
     """
 
     model: str = "test_vmamba"
-    epochs: int = 10
-    batch_size: int = 64
+    epochs: int = 15
+    batch_size: int = 32
     lr: float = 3e-3
     weight_decay: float = 0.05
     seed: int = 0
@@ -92,7 +92,8 @@ class Trainer:
         order = torch.randperm(len(self.train_digits.labels), generator=self.generator).to(self.device)
         total = torch.zeros((), device=self.device)
         for index in order.split(self.config.batch_size):
-            batch = self.train_digits.select(index)
+            motion = torch.rand(len(index), 2, 2, generator=self.generator) * 2 - 1  # another clip of the same digit
+            batch = self.train_digits.select(index)._replace(motion=motion.to(self.device))
             loss = F.cross_entropy(self.model(render_digits(batch, self.size)), batch.labels)
             self.optimizer.zero_grad()
             loss.backward()

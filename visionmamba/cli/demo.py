@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from visionmamba.demo import DemoConfig
+
 from ._common import CommandError, JsonOption, check_folder, check_model_name, console, one_line, print_json, progress
 
 if TYPE_CHECKING:
-    from visionmamba.demo import DemoConfig, Trainer
+    from torch import nn
+
+    from visionmamba.demo import Trainer
 
 _EXPECTED_ACCURACY = 0.95
-_EPOCHS = 10
+_EPOCHS = DemoConfig.epochs
 _SAMPLES = 60
+_MICRO = 1_000_000  # parameters
+
+
+@contextlib.contextmanager
+def _threads_for(model: nn.Module) -> Iterator[None]:
+    """Compute a micro model on one thread: its layers are too small to share, and waiting on a busy machine costs."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        if sum(parameter.numel() for parameter in model.parameters()) < _MICRO:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train(trainer: Trainer, checkpoint: Path) -> None:
@@ -48,9 +69,10 @@ def _run(config: DemoConfig, out: Path) -> dict[str, Any]:
         trainer = Trainer(config)
     except Exception as error:
         raise CommandError(f"{config.model} cannot be trained on digits: {one_line(error)}") from error
-    _train(trainer, checkpoint)
-    fresh = create_classifier(config.model, checkpoint, device=trainer.device)
-    probabilities = classify(fresh, trainer.held_out)
+    with _threads_for(trainer.model):
+        _train(trainer, checkpoint)
+        fresh = create_classifier(config.model, checkpoint, device=trainer.device)
+        probabilities = classify(fresh, trainer.held_out)
     shown = trainer.held_out.select(slice(0, _SAMPLES))
     draw_predictions(shown, probabilities[:_SAMPLES], picture)
     return {
@@ -83,7 +105,6 @@ def demo(
     import timm
     import torch
 
-    from visionmamba.demo import DemoConfig
     from visionmamba.zoo import model_names
 
     if not timm.is_model(model):
