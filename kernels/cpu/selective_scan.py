@@ -21,18 +21,14 @@ from numba import carray, njit
 from .vector import (
     LANES,
     VECTOR_BYTES,
-    all_below,
     broadcast,
     exp,
-    exp2_of_product,
     fetch_add,
     load,
     load_float,
     load_int32,
     load_int64,
     load_lanes,
-    magnitude,
-    maximum,
     multiply_add,
     sigmoid,
     softplus,
@@ -41,10 +37,7 @@ from .vector import (
     store_float,
     store_lanes,
     sum_lanes_of_16,
-    transpose_16,
 )
-
-_LOG2E = 1.4426950408889634
 
 _STRIDED = ("u", "delta", "B", "C", "z", "y", "dy", "du", "dz")
 CALL = np.dtype(
@@ -66,8 +59,8 @@ CALL = np.dtype(
             "ddelta", "dA", "dD", "dbias", "ddt_weight", "dlast", "dinitial",
             # a thread's scratch memory and the places of the buffers in it
             "scratch", "scratch_bytes",
-            "rates", "exponents", "weights", "state", "step", "drive", "decay", "slope", "adjoint", "segment_gradient",
-            "rate_gradient", "weight_gradient", "history", "checkpoints", "outputs", "tile", "sums",
+            "rates", "weights", "state", "step", "drive", "decay", "slope", "adjoint", "segment_gradient",
+            "rate_gradient", "weight_gradient", "history", "checkpoints", "outputs", "products", "sums",
         )
     ]
 )  # fmt: skip
@@ -75,7 +68,7 @@ CALL = np.dtype(
 Walk = namedtuple(
     "Walk",
     "token_table row_table steps lanes states rank softplus u u_token delta delta_token B B_token C C_token "
-    "rates exponents steepest weights bias skip state step drive decay slope",
+    "rates weights bias skip state step drive decay slope",
 )
 """One direction of one batch element for one block of channels, every address resolved."""
 
@@ -91,14 +84,7 @@ def scratch_layout(call: np.ndarray, backward: bool) -> int:
         The bytes that one thread needs.
     """
     states, rank, segment = int(call["states"]), int(call["rank"]), int(call["segment"])
-    vectors = {
-        "rates": states,
-        "exponents": states,
-        "weights": rank,
-        "state": states,
-        "step": segment + 4,
-        "drive": segment + LANES,
-    }
+    vectors = {"rates": states, "weights": rank, "state": states, "step": segment + 4, "drive": segment}
     if not backward:
         vectors["decay"] = segment
     else:
@@ -113,8 +99,8 @@ def scratch_layout(call: np.ndarray, backward: bool) -> int:
             "history": (segment + 1) * states + LANES,
             "checkpoints": directions * int(call["segments"]) * states,
             "outputs": int(call["tokens"]) * (1 if call["merge"] else directions) if call["z"] else 0,
-            "tile": 2 * LANES,
-            "sums": segment * states // LANES + 2,
+            "products": LANES * rank,
+            "sums": max(segment * states // LANES, rank) + 1,
         }
     offset = 0
     for name, count in vectors.items():
@@ -160,11 +146,6 @@ def _walk(call, scratch, b, k, first, lanes):
     states, rank = call.states, call.rank
     channel = k * call.channels + first
     _transpose_in(call.A + 4 * channel * states, states, lanes, scratch + call.rates)
-    steepest = splat(0.0)
-    for n in range(states):
-        exponent = load(scratch + call.rates + VECTOR_BYTES * n) * splat(_LOG2E)
-        store(scratch + call.exponents + VECTOR_BYTES * n, exponent)
-        steepest = maximum(magnitude(exponent), steepest)
     if rank > 0:
         _transpose_in(call.dt_weight + 4 * channel * rank, rank, lanes, scratch + call.weights)
     delta = call.delta + b * call.delta_batch + k * call.delta_direction
@@ -187,8 +168,6 @@ def _walk(call, scratch, b, k, first, lanes):
         call.C + b * call.C_batch + k * call.C_direction,
         call.C_token,
         scratch + call.rates,
-        scratch + call.exponents,
-        steepest,
         scratch + call.weights,
         _optional(call.bias, channel, lanes),
         _optional(call.D, channel, lanes),
@@ -282,43 +261,20 @@ def _recur_single(walk, start, count, y, y_token, accumulate):
 
 
 @njit
-def _is_moderate(walk, step):
-    """Whether no decay of a step overflows or underflows, so that the faster exponential will do."""
-    return all_below(magnitude(step) * walk.steepest, splat(126.0))
-
-
-@njit
-def _decay(walk, step, place, moderate):
-    """exp(Delta A) of the state whose vectors lie at ``place`` in their buffers."""
-    if moderate:
-        return exp2_of_product(step, load(walk.exponents + place))
-    return exp(step * load(walk.rates + place))
-
-
-@njit
-def _recur_step(walk, t, B, C, out, moderate):
-    step, drive = load(walk.step + VECTOR_BYTES * t), load(walk.drive + VECTOR_BYTES * t)
-    for n in range(walk.states):
-        place = VECTOR_BYTES * n
-        decay = _decay(walk, step, place, moderate)
-        h = multiply_add(decay, load(walk.state + place), drive * broadcast(B + 4 * n))
-        store(walk.state + place, h)
-        out = multiply_add(h, broadcast(C + 4 * n), out)
-    return out
-
-
-@njit
 def _recur(walk, start, count, y, y_token, accumulate):
     """The recurrence and the output of a segment."""
     tokens, rows = walk.token_table + 4 * start, walk.row_table + 4 * start
     for t in range(count):
         token, row = load_int32(tokens + 4 * t), load_int32(rows + 4 * t)
         B, C = walk.B + row * walk.B_token, walk.C + row * walk.C_token
+        step, drive = load(walk.step + VECTOR_BYTES * t), load(walk.drive + VECTOR_BYTES * t)
         out = walk.skip * load_lanes(walk.u + token * walk.u_token, walk.lanes)
-        if _is_moderate(walk, load(walk.step + VECTOR_BYTES * t)):
-            out = _recur_step(walk, t, B, C, out, True)
-        else:
-            out = _recur_step(walk, t, B, C, out, False)
+        for n in range(walk.states):
+            place = VECTOR_BYTES * n
+            decay = exp(step * load(walk.rates + place))
+            h = multiply_add(decay, load(walk.state + place), drive * broadcast(B + 4 * n))
+            store(walk.state + place, h)
+            out = multiply_add(h, broadcast(C + 4 * n), out)
         _write(y + token * y_token, out, walk.lanes, accumulate)
 
 
@@ -405,7 +361,25 @@ def _checkpoint(call, scratch, b, k, first, lanes):
                 _recur(walk, start, count, outputs, VECTOR_BYTES, True)
         elif start + count < walk.steps:
             _take_steps(walk, start, count, False)
-            _replay(walk, start, count, walk.state, 0)
+            _advance(walk, start, count)
+
+
+@njit
+def _advance(walk, start, count):
+    """The recurrence of a segment without its output."""
+    rows = walk.row_table + 4 * start
+    for n in range(walk.states):
+        place = VECTOR_BYTES * n
+        rate, h = load(walk.rates + place), load(walk.state + place)
+        for t in range(count):
+            drive = load(walk.drive + VECTOR_BYTES * t)
+            B = broadcast(walk.B + load_int32(rows + 4 * t) * walk.B_token + 4 * n)
+            if walk.states == 1:
+                decay = load(walk.decay + VECTOR_BYTES * t)
+            else:
+                decay = exp(load(walk.step + VECTOR_BYTES * t) * rate)
+            h = multiply_add(decay, h, drive * B)
+        store(walk.state + place, h)
 
 
 @njit
@@ -429,31 +403,18 @@ def _gate_backward(call, scratch, b, first, lanes):
 
 
 @njit
-def _replay_step(walk, t, B, before, after, moderate):
-    """The recurrence of one step, from the states at ``before`` to those at ``after``."""
-    step, drive = load(walk.step + VECTOR_BYTES * t), load(walk.drive + VECTOR_BYTES * t)
-    for n in range(walk.states):
-        lane_place, place = VECTOR_BYTES * n, VECTOR_BYTES * (t * walk.states + n)
-        if walk.states > 1:
-            store(walk.decay + place, _decay(walk, step, lane_place, moderate))
-        h = multiply_add(load(walk.decay + place), load(before + lane_place), drive * broadcast(B + 4 * n))
-        store(after + lane_place, h)
-
-
-@njit
-def _replay(walk, start, count, states, stride):
-    """The recurrence of a segment, keeping its decays and, with a ``stride``, its states: h_t at ``states + t stride``.
-
-    The state before the segment is at ``states``.
-    """
+def _replay(walk, start, count, history):
+    """Recompute a segment's states, ``history[t + 1, n]`` = h_t, and its decays from the state before it."""
     rows = walk.row_table + 4 * start
     for t in range(count):
         B = walk.B + load_int32(rows + 4 * t) * walk.B_token
-        before = states + t * stride
-        if _is_moderate(walk, load(walk.step + VECTOR_BYTES * t)):
-            _replay_step(walk, t, B, before, before + stride, True)
-        else:
-            _replay_step(walk, t, B, before, before + stride, False)
+        step, drive = load(walk.step + VECTOR_BYTES * t), load(walk.drive + VECTOR_BYTES * t)
+        for n in range(walk.states):
+            place = VECTOR_BYTES * (t * walk.states + n)
+            if walk.states > 1:
+                store(walk.decay + place, exp(step * load(walk.rates + VECTOR_BYTES * n)))
+            h = multiply_add(load(walk.decay + place), load(history + place), drive * broadcast(B + 4 * n))
+            store(history + place + VECTOR_BYTES * walk.states, h)
 
 
 @njit
@@ -484,80 +445,37 @@ def _adjoint_step(walk, t, row, dy, step, drive, adjoint, rate_gradient, history
 
 
 @njit
-def _add_row(target, source, width):
-    """Add a row of floats to another, 16 at a time."""
-    for n in range(0, width, LANES):
-        lanes = min(LANES, width - n)
-        store_lanes(target + 4 * n, load_lanes(target + 4 * n, lanes) + load(source + 4 * n), lanes)
-
-
-@njit
 def _add_lane_sums(vectors, sums, rows, count, width, target, target_row):
     """Add the lane sums of a (count, width) matrix of vectors to the rows of a (rows, width) matrix."""
     for i in range(0, count * width, LANES):
         store(sums + 4 * i, sum_lanes_of_16(vectors + VECTOR_BYTES * i))
     for t in range(count):
-        _add_row(target + load_int32(rows + 4 * t) * target_row, sums + 4 * t * width, width)
+        row = target + load_int32(rows + 4 * t) * target_row
+        for n in range(width):
+            place = row + 4 * n
+            store_float(place, load_float(place) + load_float(sums + 4 * (t * width + n)))
 
 
 @njit
-def _weight_gradient(walk, start, count, gradient):
-    """Add dpre delta' of a segment, with dpre in the drive buffer, to the gradient of W; four ranks at a time."""
+def _low_rank_gradients(call, walk, scratch, start, count, target):
+    """Gradients of the low-rank delta, W' dpre, and of W, dpre delta', from dpre in the drive buffer."""
     rows = walk.row_table + 4 * start
-    last = walk.rank - 1
-    for r in range(0, walk.rank, 4):
-        # Beyond the end the last rank is repeated, and its sum dropped.
-        place_1, place_2, place_3 = 4 * min(r + 1, last), 4 * min(r + 2, last), 4 * min(r + 3, last)
-        sum_0, sum_1, sum_2, sum_3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+    products, gradient = scratch + call.products, scratch + call.weight_gradient
+    for r in range(walk.rank):
+        total = splat(0.0)
         for t in range(count):
-            dpre = load(walk.drive + VECTOR_BYTES * t)
-            delta = walk.delta + load_int32(rows + 4 * t) * walk.delta_token
-            sum_0 = multiply_add(dpre, broadcast(delta + 4 * r), sum_0)
-            sum_1 = multiply_add(dpre, broadcast(delta + place_1), sum_1)
-            sum_2 = multiply_add(dpre, broadcast(delta + place_2), sum_2)
-            sum_3 = multiply_add(dpre, broadcast(delta + place_3), sum_3)
-        _accumulate(gradient + VECTOR_BYTES * r, sum_0)
-        if r + 1 <= last:
-            _accumulate(gradient + VECTOR_BYTES * (r + 1), sum_1)
-        if r + 2 <= last:
-            _accumulate(gradient + VECTOR_BYTES * (r + 2), sum_2)
-        if r + 3 <= last:
-            _accumulate(gradient + VECTOR_BYTES * (r + 3), sum_3)
-
-
-@njit
-def _delta_gradient(walk, start, count, weight, tile, target, target_row):
-    """Add W' dpre of a segment, with dpre in the drive buffer, to the rows of the gradient of the low-rank delta.
-
-    Sixteen steps at a time become the lanes, so that W' dpre is a product of small matrices without sums over lanes.
-    """
-    rank = walk.rank
-    steps, ranks = tile, tile + VECTOR_BYTES * LANES
+            delta = broadcast(walk.delta + load_int32(rows + 4 * t) * walk.delta_token + 4 * r)
+            total = multiply_add(load(walk.drive + VECTOR_BYTES * t), delta, total)
+        _accumulate(gradient + VECTOR_BYTES * r, total)
     for some in range(0, count, LANES):
-        transpose_16(walk.drive + VECTOR_BYTES * some, steps)
-        for block in range(0, rank, LANES):
-            last = min(LANES, rank - block) - 1
-            for r in range(0, last + 1, 4):
-                # Ranks beyond the end repeat the last one; _add_row drops them.
-                column = weight + 4 * (block + r)
-                place_1, place_2, place_3 = 4 * min(1, last - r), 4 * min(2, last - r), 4 * min(3, last - r)
-                sum_0, sum_1, sum_2, sum_3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
-                for lane in range(walk.lanes):
-                    dpre = load(steps + VECTOR_BYTES * lane)
-                    row = column + 4 * lane * rank
-                    sum_0 = multiply_add(dpre, broadcast(row), sum_0)
-                    sum_1 = multiply_add(dpre, broadcast(row + place_1), sum_1)
-                    sum_2 = multiply_add(dpre, broadcast(row + place_2), sum_2)
-                    sum_3 = multiply_add(dpre, broadcast(row + place_3), sum_3)
-                place = ranks + VECTOR_BYTES * r
-                store(place, sum_0)
-                store(place + VECTOR_BYTES, sum_1)
-                store(place + 2 * VECTOR_BYTES, sum_2)
-                store(place + 3 * VECTOR_BYTES, sum_3)
-            transpose_16(ranks, ranks)
-            for t in range(min(LANES, count - some)):
-                row = target + load_int32(walk.row_table + 4 * (start + some + t)) * target_row + 4 * block
-                _add_row(row, ranks + VECTOR_BYTES * t, last + 1)
+        part = min(LANES, count - some)
+        for t in range(part):
+            dpre = load(walk.drive + VECTOR_BYTES * (some + t))
+            for r in range(walk.rank):
+                product = dpre * load(walk.weights + VECTOR_BYTES * r)
+                store(products + VECTOR_BYTES * (t * walk.rank + r), product)
+        row_bytes = 4 * call.directions * walk.rank
+        _add_lane_sums(products, scratch + call.sums, rows + 4 * some, part, walk.rank, target, row_bytes)
 
 
 @njit
@@ -626,7 +544,7 @@ def _reverse(call, scratch, b, k, group, first, lanes):
         for n in range(states):
             store(history + VECTOR_BYTES * n, load(kept + VECTOR_BYTES * n))
         _take_steps(walk, start, count, True)
-        _replay(walk, start, count, history, VECTOR_BYTES * states)
+        _replay(walk, start, count, history)
         fresh = own_u and call.covered != 0
         parts = _reverse_segment(call, walk, scratch, start, count, dy, dy_token, du, fresh, ddelta)
         dskip, dbias = dskip + parts[0], dbias + parts[1]
@@ -634,10 +552,7 @@ def _reverse(call, scratch, b, k, group, first, lanes):
         _add_lane_sums(history + VECTOR_BYTES * states, sums, rows, count, states, dC, row_bytes)
         _add_lane_sums(walk.decay, sums, rows, count, states, dB, row_bytes)
         if rank > 0:
-            _weight_gradient(walk, start, count, scratch + call.weight_gradient)
-            weight = call.dt_weight + 4 * (k * call.channels + first) * rank
-            row_bytes = 4 * call.directions * rank
-            _delta_gradient(walk, start, count, weight, scratch + call.tile, ddelta_low_rank, row_bytes)
+            _low_rank_gradients(call, walk, scratch, start, count, ddelta_low_rank)
     _transpose_out(scratch + call.rate_gradient, states, lanes, call.dA + 4 * place * states)
     if call.dD != 0:
         store_lanes(call.dD + 4 * place, dskip, lanes)

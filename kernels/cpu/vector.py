@@ -210,22 +210,16 @@ _ROUND = 1.5 * 2.0**23  # adding it rounds to an integer, which then sits in the
 _LOWEST, _HIGHEST = -87.33, 88.37  # exp is a normal float32 in between
 
 
-def _add_exponent(builder, power, shifted):
-    """The bits of ``power`` times 2^n, with n in the low bits of ``shifted``."""
-    exponent = builder.shl(builder.bitcast(shifted, _V_INT), _constant_int(23))
-    return builder.add(builder.bitcast(power, _V_INT), exponent)
-
-
 def _exp(builder, x):
     # exp(x) = 2^n 2^f with n = round(x log2(e)). The product is fused into both additions, so it is never rounded and
-    # far from 0 the result keeps its relative accuracy.
+    # far from 0 the result keeps its relative accuracy. n is added to the exponent's bits.
     shifted = _multiply_add(builder, x, _constant(_LOG2E), _constant(_ROUND))
     minus_n = builder.fsub(_constant(_ROUND), shifted)
     power = _polynomial(builder, _multiply_add(builder, x, _constant(_LOG2E), minus_n), _EXP2)
-    bits = _add_exponent(builder, power, shifted)
+    exponent = builder.shl(builder.bitcast(shifted, _V_INT), _constant_int(23))
+    result = builder.bitcast(builder.add(builder.bitcast(power, _V_INT), exponent), _V)
     # Ordered: NaN, whose bits survived the above, stays NaN. No result is subnormal, which would be slow.
-    bits = builder.select(builder.fcmp_ordered("<", x, _constant(_LOWEST)), _constant_int(0), bits)
-    return builder.bitcast(bits, _V)
+    return builder.select(builder.fcmp_ordered("<", x, _constant(_LOWEST)), _constant(0.0), result)
 
 
 @intrinsic
@@ -237,51 +231,6 @@ def exp(_context, x):
         return _exp(builder, builder.select(builder.fcmp_ordered(">", x, _constant(_HIGHEST)), _constant(_HIGHEST), x))
 
     return Float32x16(Float32x16), code
-
-
-@intrinsic
-def exp2_of_product(_context, a, b):
-    """2 to the power of ``a * b`` of each lane, within 2 ulp; the product must lie between -126 and 127, or be NaN."""
-
-    def code(_context, builder, _signature, arguments):
-        a, b = arguments
-        shifted = _multiply_add(builder, a, b, _constant(_ROUND))
-        fraction = _multiply_add(builder, a, b, builder.fsub(_constant(_ROUND), shifted))
-        return builder.bitcast(_add_exponent(builder, _polynomial(builder, fraction, _EXP2), shifted), _V)
-
-    return Float32x16(Float32x16, Float32x16), code
-
-
-@intrinsic
-def magnitude(_context, x):
-    """The absolute value of each lane."""
-
-    def code(_context, builder, _signature, arguments):
-        return builder.bitcast(builder.and_(builder.bitcast(arguments[0], _V_INT), _constant_int(0x7FFFFFFF)), _V)
-
-    return Float32x16(Float32x16), code
-
-
-@intrinsic
-def maximum(_context, a, b):
-    """The larger of two lanes."""
-
-    def code(_context, builder, _signature, arguments):
-        a, b = arguments
-        return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-    return Float32x16(Float32x16, Float32x16), code
-
-
-@intrinsic
-def all_below(_context, a, b):
-    """Whether every lane of ``a`` is below that of ``b``; False where there is a NaN."""
-
-    def code(_context, builder, _signature, arguments):
-        mask = builder.bitcast(builder.fcmp_ordered("<", *arguments), ir.IntType(LANES))
-        return builder.icmp_signed("==", mask, ir.Constant(ir.IntType(LANES), -1))
-
-    return types.boolean(Float32x16, Float32x16), code
 
 
 def _exp_of_minus_magnitude(builder, x):
@@ -332,43 +281,15 @@ def sum_lanes_of_16(_context, address):
     """The sums over the lanes of 16 consecutive vectors at ``address``, as one vector; always in the same order."""
 
     def code(_context, builder, _signature, arguments):
-        vectors = [_load_at(builder, arguments[0], i) for i in range(LANES)]
+        vectors = []
+        for i in range(LANES):
+            place = builder.add(arguments[0], ir.Constant(_I64, VECTOR_BYTES * i))
+            vectors.append(builder.load(_pointer(builder, place, _V), align=4))
         for distance in (8, 4, 2, 1):
             vectors = [_fold(builder, vectors[i], vectors[i + distance], distance) for i in range(distance)]
         return vectors[0]
 
     return Float32x16(types.int64), code
-
-
-@intrinsic
-def transpose_16(_context, source, target):
-    """Write the transpose of the 16 consecutive vectors at ``source`` to the 16 at ``target``."""
-
-    def code(context, builder, _signature, arguments):
-        vectors = [_load_at(builder, arguments[0], i) for i in range(LANES)]
-        for distance in (8, 4, 2, 1):
-            vectors = [_exchange(builder, vectors, i, distance) for i in range(LANES)]
-        for i, vector in enumerate(vectors):
-            place = builder.add(arguments[1], ir.Constant(_I64, VECTOR_BYTES * i))
-            builder.store(vector, _pointer(builder, place, _V), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), code
-
-
-def _load_at(builder, address, i):
-    place = builder.add(address, ir.Constant(_I64, VECTOR_BYTES * i))
-    return builder.load(_pointer(builder, place, _V), align=4)
-
-
-def _exchange(builder, vectors, i, distance):
-    """Vector i after its bit ``distance`` and that of the lanes have changed places."""
-    a, b = vectors[i & ~distance], vectors[i | distance]
-    if i & distance:
-        lanes = [j | distance if not j & distance else LANES + j for j in range(LANES)]
-    else:
-        lanes = [j if not j & distance else LANES + (j ^ distance) for j in range(LANES)]
-    return builder.shuffle_vector(a, b, ir.Constant(_V_INT, lanes))
 
 
 @intrinsic
