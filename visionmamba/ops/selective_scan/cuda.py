@@ -50,15 +50,15 @@ class Tiling:
 
 
 # By states (a power of two): the first tiling that gives every multiprocessor _WARPS_WANTED warps; where none does, the
-# path is cut into chunks.
+# path is cut into chunks. Three warps where four would need more than 48 KiB of shared memory.
 _FORWARD_TILINGS = {
-    1: [Tiling(1, 2, 8, 1, 4), Tiling(1, 1, 8, 1, 4)],
-    2: [Tiling(2, 2, 8, 1, 4), Tiling(2, 1, 8, 1, 4)],
-    4: [Tiling(4, 2, 8, 1, 4), Tiling(4, 1, 8, 1, 4)],
-    8: [Tiling(8, 2, 8, 1, 4), Tiling(8, 1, 8, 1, 4)],
+    1: [Tiling(1, 2, 8, 1, 3), Tiling(1, 1, 8, 1, 4)],
+    2: [Tiling(2, 2, 8, 1, 3), Tiling(2, 1, 8, 1, 4)],
+    4: [Tiling(4, 2, 8, 1, 3), Tiling(4, 1, 8, 1, 4)],
+    8: [Tiling(8, 2, 8, 1, 3), Tiling(8, 1, 8, 1, 4)],
     16: [Tiling(8, 2, 8, 1, 4), Tiling(8, 1, 8, 1, 4)],
-    32: [Tiling(8, 4, 8, 1, 4), Tiling(8, 2, 8, 1, 4)],
-    64: [Tiling(8, 4, 8, 1, 4), Tiling(8, 2, 8, 1, 4)],
+    32: [Tiling(8, 4, 8, 1, 3), Tiling(8, 2, 8, 1, 4)],
+    64: [Tiling(8, 4, 8, 1, 3), Tiling(8, 2, 8, 1, 3)],
 }
 _BACKWARD_TILINGS = {
     1: [Tiling(1, 1, 16, 1, 3)],
@@ -66,8 +66,8 @@ _BACKWARD_TILINGS = {
     4: [Tiling(4, 1, 8, 1, 4)],
     8: [Tiling(8, 1, 4, 2, 4, 3)],
     16: [Tiling(8, 1, 4, 2, 4, 3)],
-    32: [Tiling(8, 2, 4, 2, 4)],
-    64: [Tiling(8, 2, 4, 2, 4)],
+    32: [Tiling(8, 1, 4, 2, 4)],
+    64: [Tiling(8, 2, 2, 4, 3)],
 }
 _WARPS_WANTED = 6
 _MIN_CHUNK = 64
