@@ -295,12 +295,12 @@ class TestVolumes:
             case.check_feature(f"feat{i}", outputs[name] if name in outputs else taps[feature_block(name)])
 
     @pytest.mark.slow
+    @pytest.mark.xfail(reason="3 of 300 norms are 1.08e-3 off, tolerance 1e-3; cause open", strict=True)
     def test_golden_gradients(self, tmp_path):
-        """In float64: single precision leaves 2e-3 of a gradient's norm open, the golden itself is 1.1e-3 from it."""
+        """In float64, which leaves the golden's own rounding and any fault of ours."""
         case = golden("mamba_nd/mamba3d_btcv_small_unetr_48")
         model = case.create_model(tmp_path).double()
         model(case.input.double()).pow(2).mean().backward()
-        case.entry = {**case.entry, "grad_rtol": 1.2e-3}
         case.check_gradients(model, mamba_nd_btcv.official_state_dict)
 
     @pytest.fixture

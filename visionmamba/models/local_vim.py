@@ -375,7 +375,7 @@ def local_vim_tiny_search(pretrained: bool = False, **kwargs: Any) -> LocalVim:
 
 @register_model
 def test_local_vim(pretrained: bool = False, **kwargs: Any) -> LocalVim:
-    """A micro model for tests and demonstrations: 0.3 M parameters."""
+    """A micro model for tests and demonstrations: 0.1 M parameters."""
     directions = ("h,v_flip,w7,w7_flip", "h_flip,v,w2,w2_flip", "h,h_flip,v,v_flip")
     model_args = dict(img_size=64, patch_size=8, embed_dim=48, depth=3, d_state=4, directions=directions)
     return _create_local_vim("test_local_vim", pretrained, **dict(model_args, **kwargs))

@@ -297,14 +297,14 @@ def local_vssm_small(pretrained: bool = False, **kwargs: Any) -> LocalVMamba:
 
 @register_model
 def local_vssm_tiny_search(pretrained: bool = False, **kwargs: Any) -> LocalVMamba:
-    """Supernet of the direction search for LocalVMamba-T, a third as wide: 4.6 M parameters."""
+    """Supernet of the direction search for LocalVMamba-T, a third as wide: 4.3 M parameters."""
     model_args = dict(depths=(2, 2, 9, 2), dims=32, search=True)
     return _create_local_vmamba("local_vssm_tiny_search", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def local_vssm_small_search(pretrained: bool = False, **kwargs: Any) -> LocalVMamba:
-    """Supernet of the direction search for LocalVMamba-S, a third as wide: 9.1 M parameters."""
+    """Supernet of the direction search for LocalVMamba-S, a third as wide: 8.5 M parameters."""
     model_args = dict(depths=(2, 2, 27, 2), dims=32, search=True)
     return _create_local_vmamba("local_vssm_small_search", pretrained, **dict(model_args, **kwargs))
 
