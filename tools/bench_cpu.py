@@ -43,21 +43,35 @@ def measure(models: dict[str, torch.nn.Module], x: torch.Tensor, repeats: int, t
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def peak_memory() -> float:
+    """Return the MiB that this process held at its peak."""
+    status = Path("/proc/self/status")  # not getrusage: Linux lets a child begin with its parent's peak there
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def training_memory(name: str, batch: int) -> float:
     """Return the MiB that a training step adds to a process that holds the model; run it in a fresh process."""
     model = timm.create_model(name)
     x = torch.randn(batch, 3, 224, 224)
     with torch.no_grad():
         model(x[:1])  # compiled kernels and buffers are not the step's
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     model(x).sum().backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak_memory() - before
 
 
 def in_own_process(name: str, batch: int) -> float:
     """Run :func:`training_memory` in a fresh process."""
     command = [sys.executable, __file__, "--memory-of", name, "--batch", str(batch)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def row(ours: str, peer: str, what: str, backend: str, figures: dict[str, float]) -> dict[str, str | float]:
+    """Return a row of the table from the milliseconds or MiB of both models."""
+    figures = dict(ours=figures[ours], theirs=figures[peer], ratio=figures[ours] / figures[peer])
+    return dict(model=ours, peer=peer, what=what, backend=backend, **figures)
 
 
 def main() -> None:
@@ -81,12 +95,17 @@ def main() -> None:
             with visionmamba.backend(backend):
                 seconds = measure(models, x, args.repeats, training)
             what = "forward + backward" if training else "forward"
-            rows.append(dict(model=ours, peer=peer, what=what, backend=backend, ratio=seconds[ours] / seconds[peer]))
+            rows.append(row(ours, peer, what, backend, {name: 1e3 * value for name, value in seconds.items()}))
         memory = {name: in_own_process(name, args.batch) for name in (ours, peer)}
         what = f"training memory, batch {args.batch}"
-        rows.append(dict(model=ours, peer=peer, what=what, backend="cpu", ratio=memory[ours] / memory[peer]))
-    for row in rows:
-        print(f"{row['model']:24s} {row['what']:26s} {row['backend']:6s} {row['ratio']:5.2f} x {row['peer']}")
+        rows.append(row(ours, peer, what, "cpu", memory))
+    for line in rows:
+        ours, peer = (f"{line[side]:7.1f}" for side in ("ours", "theirs"))
+        print(
+            f"{line['model']:24s} {line['what']:26s} {line['backend']:6s} {line['ratio']:5.2f} x {line['peer']}",
+            ours,
+            peer,
+        )
     if args.json:
         args.json.write_text(
             json.dumps(dict(torch=torch.__version__, threads=args.threads, rows=rows), indent=1) + "\n"
