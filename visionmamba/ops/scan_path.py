@@ -34,7 +34,16 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
-__all__ = ["ScanPath", "padded_grid", "register_direction", "scan_order", "scan_path"]
+__all__ = [
+    "ScanPath",
+    "gather_steps",
+    "padded_grid",
+    "register_direction",
+    "scan_inverse",
+    "scan_order",
+    "scan_path",
+    "scatter_steps_",
+]
 
 Grid = tuple[int, ...]
 Direction = Callable[[Grid, Grid], np.ndarray]
@@ -202,6 +211,26 @@ def _cached_order(name: str, grid: Grid, device: torch.device) -> torch.Tensor:
         return torch.tensor(scan_path(name, grid).order, device=device)
 
 
+@lru_cache(maxsize=1024)
+def _cached_inverse(name: str, grid: Grid, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(scan_path(name, grid).inverse, device=device)
+
+
+def scan_inverse(name: str, grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return a path's ``(K, L)`` int32 table of the step that visits each token, -1 where none does, from a cache.
+
+    Args:
+        name: Path name.
+        grid: Size of the token grid.
+        device: Where the table is needed.
+
+    Returns:
+        The table; shared between callers, not to be written.
+    """
+    return _cached_inverse(name, tuple(int(size) for size in grid), device)
+
+
 def scan_order(name: str, grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return a path's ``(K, P)`` int32 index table on a device, from a cache.
 
@@ -214,6 +243,35 @@ def scan_order(name: str, grid: tuple[int, ...], device: torch.device) -> torch.
         The table; shared between callers, not to be written.
     """
     return _cached_order(name, tuple(int(size) for size in grid), device)
+
+
+def gather_steps(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Take rows of tokens in the order of a path's steps.
+
+    Args:
+        x: ``(B, L, C)``, the same for all directions, or ``(B, L, K, C)``.
+        index: Rows to take, ``(K, T)`` int64.
+
+    Returns:
+        A new tensor ``(B, K, T, C)``.
+    """
+    if x.dim() == 4:
+        index = index * x.shape[2] + torch.arange(x.shape[2], device=x.device).unsqueeze(1)
+        x = x.flatten(1, 2)
+    return x.index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+def scatter_steps_(out: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+    """Add rows in the order of a path's steps to tokens, in place: the adjoint of :func:`gather_steps`.
+
+    Args:
+        out: ``(B, L, C)``, where directions add up, or ``(B, L, K, C)``.
+        index: Row of each step, ``(K, T)`` int64.
+        values: ``(B, K, T, C)``.
+    """
+    for k in range(index.shape[0]):
+        target = out if out.dim() == 3 else out[:, :, k]
+        target.index_add_(1, index[k], values[:, k])
 
 
 @register_direction("h")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..backend import Implementation, register_implementation
-from ..scan_path import scan_order
+from ..scan_path import gather_steps, scan_inverse, scan_order
 
 __all__ = ["backward", "forward"]
 
@@ -40,11 +40,7 @@ def _walk(x, weight, seq_idx, initial_states, path, grid) -> _Walk:
     dtype = torch.promote_types(x.dtype, torch.float32)
     order = scan_order(path, tuple(grid), x.device).long()
     token, valid = order.clamp(min=0), (order >= 0).unsqueeze(-1)
-    if x.dim() == 3:
-        steps = x[:, token]
-    else:
-        steps = x[:, token, torch.arange(x.shape[2], device=x.device).unsqueeze(1)]
-    steps = steps.to(dtype) * valid
+    steps = gather_steps(x, token).to(dtype).mul_(valid)
     past = weight.shape[2] - 1
     if initial_states is None:
         window = F.pad(steps, (0, 0, past, 0))
@@ -59,28 +55,26 @@ def _walk(x, weight, seq_idx, initial_states, path, grid) -> _Walk:
 
 def _preactivation(walk: _Walk, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     width = weight.shape[2]
-    weight = weight.to(walk.window.dtype)
-    total = walk.tap(0) * weight[:, :, width - 1].unsqueeze(1)
+    taps = weight.to(walk.window.dtype).permute(2, 0, 1).unsqueeze(2).contiguous()  # (W, K, 1, D)
+    total = walk.tap(0) * taps[width - 1]
     for j in range(1, width):
-        total = torch.addcmul(total, walk.tap(j), weight[:, :, width - 1 - j].unsqueeze(1))
-    return total if bias is None else total + bias.to(total.dtype).unsqueeze(1)
+        total.addcmul_(walk.tap(j), taps[width - 1 - j])
+    return total if bias is None else total.add_(bias.to(total.dtype).unsqueeze(1))
 
 
-def _scatter(values: torch.Tensor, walk: _Walk, num_tokens: int) -> torch.Tensor:
-    """Place (B, K, P, D) in path order at the tokens of (B, L, K, D); tokens that are not visited get 0."""
-    batch, directions, _, channels = values.shape
-    out = values.new_zeros(batch, num_tokens, directions, channels)
-    values = values * walk.valid
-    for k in range(directions):
-        out[:, :, k].index_add_(1, walk.token[k], values[:, k])
-    return out
+def _to_tokens(values: torch.Tensor, path: str, grid: list[int]) -> torch.Tensor:
+    """Bring (B, K, P, D) from path order to the tokens' order, (B, L, K, D), with 0 where a token is not visited."""
+    step = scan_inverse(path, tuple(grid), values.device).long()  # (K, L)
+    index = step.clamp(min=0) + values.shape[2] * torch.arange(len(step), device=values.device).unsqueeze(1)
+    tokens = values.flatten(1, 2).index_select(1, index.t().flatten()).unflatten(1, index.t().shape)
+    return tokens.mul_((step >= 0).t().unsqueeze(-1))
 
 
 def forward(x, weight, bias, seq_idx, initial_states, path, grid, silu):
     """Compute the op ``visionmamba::causal_conv1d``; see :func:`visionmamba.ops.causal_conv1d`."""
     walk = _walk(x, weight, seq_idx, initial_states, path, grid)
     total = _preactivation(walk, weight, bias)
-    out = _scatter(F.silu(total) if silu else total, walk, x.shape[1])
+    out = _to_tokens(F.silu(total, inplace=True) if silu else total, path, grid)
     return out.to(x.dtype), _final_states(walk, weight.shape[2] - 1).to(x.dtype)
 
 
@@ -100,8 +94,7 @@ def backward(dout, dfinal, x, weight, bias, seq_idx, initial_states, path, grid,
     """Compute the gradients of x, weight, bias and initial_states; None for absent ones."""
     walk = _walk(x, weight, seq_idx, initial_states, path, grid)
     dtype, width, steps = walk.window.dtype, weight.shape[2], walk.token.shape[1]
-    directions = torch.arange(walk.token.shape[0], device=x.device).unsqueeze(1)
-    dtotal = dout[:, walk.token, directions].to(dtype) * walk.valid
+    dtotal = gather_steps(dout, walk.token).to(dtype).mul_(walk.valid)
     if silu:
         total = _preactivation(walk, weight, bias)
         sigmoid = torch.sigmoid(total)
@@ -120,7 +113,7 @@ def backward(dout, dfinal, x, weight, bias, seq_idx, initial_states, path, grid,
         index = _final_index(walk, width - 1)
         for k in range(index.shape[0]):
             dwindow[:, k].index_add_(1, index[k], dfinal[:, k].to(dtype).transpose(-1, -2))
-    dx = _scatter(dwindow[:, :, width - 1 :], walk, x.shape[1])
+    dx = _to_tokens(dwindow[:, :, width - 1 :], path, grid)
     dinitial = None if initial_states is None else dwindow[:, :, : width - 1].transpose(-1, -2)
     return (dx.sum(2) if x.dim() == 3 else dx), dweight, None if bias is None else dtotal.sum((0, 2)), dinitial
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._checks import check_dtype, check_same_device, check_shape
 from .op import selective_scan
-from .pytorch import _linear_scan_
+from .pytorch import scan_states_
 
 __all__ = ["selective_scan_fn", "selective_scan_ref"]
 
@@ -195,9 +195,8 @@ class _LinearScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a, b):
-        blocks = (x.flatten(1)[None, None, :, :, None].clone() for x in (a, b))  # (1, 1, L, rows, 1)
-        start = b.new_zeros((1, 1, b[0].numel(), 1))
-        h = _linear_scan_(*blocks, start)[0, 0, ..., 0].view(b.shape)
+        decay, drive = (x.flatten(1)[None, None, :, None] for x in (a, b))  # (1, 1, L, 1, rows)
+        h = scan_states_(decay, drive.clone(), torch.zeros_like(drive[:, :, 0]))[0, 0, :, 0].view(b.shape)
         ctx.save_for_backward(a, h)
         return h
 

@@ -1,26 +1,45 @@
 """The selective scan in plain PyTorch, for any device: the fallback.
 
-The recurrence ``h_t = a_t h_{t-1} + b_t`` over a block of steps is cut into about sqrt(T) rows of sqrt(T) steps. All
-rows advance together, one step at a time, from a zero state; then the rows pass their state on. That is 2 sqrt(T)
-PyTorch calls instead of T. Backward is the same recurrence in reverse on the adjoint g_t = C_t dy_t + a_{t+1} g_{t+1}.
-Only the states at the beginning of each block are kept between the two.
+Where a step is large enough to hide the cost of a PyTorch call, the recurrence ``h_t = a_t h_{t-1} + b_t`` over a block
+of steps is walked one step at a time. Elsewhere it is cut into about sqrt(T) rows of sqrt(T) steps: all rows advance
+together from a zero state, then pass their state on, which takes 2 sqrt(T) calls instead of T, and three times the
+memory traffic. Backward is the same recurrence in reverse on the adjoint g_t = C_t dy_t + a_{t+1} g_{t+1}. Only the
+states at the beginning of each block are kept between the two. Channels are the fastest dimension of every state.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from ..backend import Implementation, register_implementation
-from ..scan_path import scan_order
+from ..scan_path import gather_steps, scan_order, scatter_steps_
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "scan_states_"]
 
-_BLOCK_ELEMENTS = 1 << 22
-"""States (B, K, T, D, N) that one block of steps may hold at once."""
+_BLOCK_ELEMENTS = 1 << 21
+"""States (B, K, T, N, D) that one block of steps may hold at once."""
+
+_STEP_ELEMENTS = 4096
+"""States (B, K, N, D) of one step from which on a CPU walks step by step."""
+
+
+_scratch = threading.local()
+
+
+def _buffer(name: str, shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return uninitialised memory of this thread; on a CPU kept from call to call, where fresh pages are dear."""
+    size = math.prod(shape)
+    if like.device.type != "cpu" or size > _BLOCK_ELEMENTS:
+        return like.new_empty(shape, dtype=dtype)
+    kept = _scratch.__dict__.setdefault((name, dtype), [])
+    if not kept or kept[0].numel() < size:
+        kept[:] = [torch.empty(size, dtype=dtype)]
+    return kept[0][:size].view(shape)
 
 
 @dataclass
@@ -33,28 +52,13 @@ class _Block:
     u: torch.Tensor  # (B, K, T, D)
     pre: torch.Tensor  # (B, K, T, D) delta + bias, before softplus
     step: torch.Tensor  # (B, K, T, D) Delta, 0 where there is no token
-    a: torch.Tensor  # (B, K, T, D, N) exp(Delta A)
+    a: torch.Tensor  # (B, K, T, N, D) exp(Delta A)
     B: torch.Tensor  # (B, K, T, N)
     C: torch.Tensor  # (B, K, T, N)
 
 
-def _gather(x: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Take rows ``index`` (K, T) of ``x``, (B, L, C) or (B, L, K, C), as (B, K, T, C)."""
-    if x.dim() == 3:
-        return x[:, index].to(dtype)
-    directions = torch.arange(x.shape[2], device=x.device).unsqueeze(1)
-    return x[:, index, directions].to(dtype)
-
-
-def _scatter_add(out: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
-    """Add ``values`` (B, K, T, C) to rows ``index`` (K, T) of ``out``, (B, L, C) or (B, L, K, C), in place."""
-    for k in range(index.shape[0]):
-        target = out if out.dim() == 3 else out[:, :, k]
-        target.index_add_(1, index[k], values[:, k])
-
-
-def _linear_scan_(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Solve h_t = a_t h_{t-1} + b_t along dimension 2 of (B, K, T, D, N); overwrites a and b, returns all h_t."""
+def _walk_rows_(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """Solve h_t = a_t h_{t-1} + b_t along dimension 2 of (B, K, T, N, D) by rows of steps; overwrites a and b."""
     steps = a.shape[2]
     length = max(1, math.isqrt(steps))
     rows = -(-steps // length)
@@ -71,13 +75,39 @@ def _linear_scan_(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> torch.Te
     return b.flatten(2, 3)[:, :, :steps]
 
 
+def _by_steps(h: torch.Tensor) -> bool:
+    """Whether one step's states are enough work for a call."""
+    return h.device.type == "cpu" and h.numel() >= _STEP_ELEMENTS
+
+
+def scan_states_(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """Return all h_t = a_t h_{t-1} + b_t of a block (B, K, T, N, D) from the state before it; overwrites b."""
+    if not _by_steps(h):
+        return _walk_rows_(a.clone(), b, h)
+    for a_t, b_t in zip(a.unbind(2), b.unbind(2), strict=True):
+        h = b_t.addcmul_(a_t, h)
+    return b
+
+
+def _adjoint(a: torch.Tensor, b: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Return all g_t = b_t + a_{t+1} g_{t+1} of a block, where the last takes ``g`` as it is; overwrites b."""
+    if not _by_steps(g):
+        decay = torch.cat([a[:, :, 1:], torch.ones_like(a[:, :, :1])], dim=2).flip(2)
+        return _walk_rows_(decay, b.flip(2), g).flip(2)
+    later, b_steps = a.unbind(2), b.unbind(2)
+    adjoint = b_steps[-1].add_(g)
+    for t in range(len(b_steps) - 2, -1, -1):
+        adjoint = b_steps[t].addcmul_(later[t + 1], adjoint)
+    return b
+
+
 class _Scan:
     """The arguments of one call, and its walk over blocks of steps."""
 
     def __init__(self, u, delta, A, B, C, D, delta_bias, dt_weight, path, grid, delta_softplus, in_step_order):
         dtype = torch.promote_types(u.dtype, torch.float32)
         self.dtype, self.u, self.B, self.C = dtype, u, B, C
-        self.A = A.to(dtype)
+        self.A = A.to(dtype).transpose(1, 2).contiguous()  # (K, N, D)
         self.D = None if D is None else D.to(dtype)
         self.dt_weight = None if dt_weight is None else dt_weight.to(dtype)
         self.bias = None if delta_bias is None else delta_bias.to(dtype)
@@ -88,6 +118,11 @@ class _Scan:
         length = max(1, _BLOCK_ELEMENTS // max(1, u.shape[0] * directions * channels * states))
         self.starts = range(0, self.num_steps, min(self.num_steps, length))
 
+    def product(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return x y, (B, K, T, N, D), in the buffer ``name``."""
+        _, states, channels = self.A.shape
+        return torch.mul(x, y, out=_buffer(name, (*x.shape[:3], states, channels), x, self.dtype))
+
     def block(self, start: int) -> _Block:
         order = self.order[:, start : start + self.starts.step]
         token = order.clamp(min=0)
@@ -95,37 +130,36 @@ class _Scan:
         if self.in_step_order:
             row = torch.arange(start, start + order.shape[1], device=order.device).expand_as(order)
         valid = (order >= 0).unsqueeze(-1)
-        pre = _gather(self.delta, row, self.dtype)
+        pre = gather_steps(self.delta, row).to(self.dtype)
         if self.dt_weight is not None:
             pre = pre @ self.dt_weight.transpose(1, 2)  # (B, K, T, R) x (K, R, D)
         if self.bias is not None:
-            pre = pre + self.bias.unsqueeze(1)
+            pre.add_(self.bias.unsqueeze(1))
         step = (F.softplus(pre) if self.delta_softplus else pre) * valid
-        a = torch.exp(step.unsqueeze(-1) * self.A.unsqueeze(1))
-        u, B, C = (_gather(x, i, self.dtype) for x, i in ((self.u, token), (self.B, row), (self.C, row)))
+        a = self.product("a", step.unsqueeze(-2), self.A.unsqueeze(1)).exp_()
+        u, B, C = (gather_steps(x, i).to(self.dtype) for x, i in ((self.u, token), (self.B, row), (self.C, row)))
         return _Block(token, row, valid, u, pre, step, a, B, C)
 
-    @staticmethod
-    def states(block: _Block, h: torch.Tensor) -> torch.Tensor:
-        """h_t of every step of the block, (B, K, T, D, N), from the state before it."""
-        drive = (block.step * block.u).unsqueeze(-1) * block.B.unsqueeze(-2)
-        return _linear_scan_(block.a.clone(), drive, h)
+    def states(self, block: _Block, h: torch.Tensor) -> torch.Tensor:
+        """h_t of every step of the block, (B, K, T, N, D), from the state before it."""
+        drive = self.product("states", (block.step * block.u).unsqueeze(-2), block.B.unsqueeze(-1))
+        return scan_states_(block.a, drive, h)
 
     def outputs(self, block: _Block, h: torch.Tensor) -> torch.Tensor:
         """y_t of every step of the block, (B, K, T, D); 0 where there is no token."""
-        y = (h @ block.C.unsqueeze(-1)).squeeze(-1)
+        y = (block.C.unsqueeze(-2) @ h).squeeze(-2)
         if self.D is not None:
-            y = y + self.D.unsqueeze(1) * block.u
-        return y * block.valid
+            y.addcmul_(self.D.unsqueeze(1), block.u)
+        return y.mul_(block.valid)
 
     def initial_state(self, initial_state: torch.Tensor | None) -> torch.Tensor:
         if initial_state is not None:
-            return initial_state.to(self.dtype)
+            return initial_state.to(self.dtype).transpose(2, 3)
         return self.u.new_zeros((self.u.shape[0], *self.A.shape), dtype=self.dtype)
 
     def empty_output(self, merge: bool) -> torch.Tensor:
         batch, num_tokens = self.u.shape[:2]
-        directions, channels, _ = self.A.shape
+        directions, _, channels = self.A.shape
         shape = (batch, num_tokens, channels) if merge else (batch, num_tokens, directions, channels)
         return self.u.new_zeros(shape, dtype=self.dtype)
 
@@ -143,11 +177,11 @@ def forward(
     for start in scan.starts:
         block = scan.block(start)
         states = scan.states(block, h)
-        h = states[:, :, -1]
-        _scatter_add(y, block.token, scan.outputs(block, states))
+        h = states[:, :, -1].clone()
+        scatter_steps_(y, block.token, scan.outputs(block, states))
     if z is not None:
         y = y * F.silu(_gate(z, y.dim()).to(scan.dtype))
-    return y.to(u.dtype), h.contiguous()
+    return y.to(u.dtype), h.transpose(2, 3).contiguous()
 
 
 def _gate_backward(dy, y, z):
@@ -173,7 +207,7 @@ def backward(
         states = scan.states(block, h)
         h = states[:, :, -1].clone()
         if y is not None:
-            _scatter_add(y, block.token, scan.outputs(block, states))
+            scatter_steps_(y, block.token, scan.outputs(block, states))
     dz = None
     if z is not None:
         dy, dz = _gate_backward(dy, y, z)
@@ -184,38 +218,40 @@ def backward(
     dD = None if D is None else torch.zeros_like(scan.D)
     dbias = None if delta_bias is None else torch.zeros_like(scan.bias)
     ddt_weight = None if dt_weight is None else torch.zeros_like(scan.dt_weight)
-    g = torch.zeros_like(h) if dlast is None else dlast.to(scan.dtype)
+    g = torch.zeros_like(h) if dlast is None else dlast.to(scan.dtype).transpose(2, 3)
     for start, carry in zip(reversed(scan.starts), reversed(carries), strict=True):
         block = scan.block(start)
         states = scan.states(block, carry)
-        dy_t = _gather(dy, block.token, scan.dtype) * block.valid
-        # g_t = C_t dy_t + a_{t+1} g_{t+1}: the forward recurrence on flipped steps, decays shifted by one
-        decay = torch.cat([block.a[:, :, 1:], torch.ones_like(block.a[:, :, :1])], dim=2).flip(2)
-        adjoint = _linear_scan_(decay, (dy_t.unsqueeze(-1) * block.C.unsqueeze(-2)).flip(2), g).flip(2)
+        dy_t = gather_steps(dy, block.token).mul_(block.valid)
+        # g_t = C_t dy_t + a_{t+1} g_{t+1}
+        drive = scan.product("adjoint", dy_t.unsqueeze(-2), block.C.unsqueeze(-1))
+        adjoint = _adjoint(block.a, drive, g)
         g = block.a[:, :, 0] * adjoint[:, :, 0]
 
         stepped = block.step * block.u
-        dstepped = (adjoint @ block.B.unsqueeze(-1)).squeeze(-1)
-        _scatter_add(dB, block.row, torch.einsum("bktdn,bktd->bktn", adjoint, stepped) * block.valid)
-        _scatter_add(dC, block.row, torch.einsum("bktdn,bktd->bktn", states, dy_t))
+        dstepped = (block.B.unsqueeze(-2) @ adjoint).squeeze(-2)
+        scatter_steps_(dB, block.row, (adjoint @ stepped.unsqueeze(-1)).squeeze(-1) * block.valid)
+        scatter_steps_(dC, block.row, (states @ dy_t.unsqueeze(-1)).squeeze(-1))
         du_t = dstepped * block.step
         if scan.D is not None:
             du_t = du_t + scan.D.unsqueeze(1) * dy_t
             dD += torch.einsum("bktd,bktd->kd", dy_t, block.u)
-        _scatter_add(du, block.token, du_t * block.valid)
+        scatter_steps_(du, block.token, du_t * block.valid)
 
-        previous = torch.cat([carry.unsqueeze(2), states[:, :, :-1]], dim=2)
-        decay_gradient = adjoint.mul_(previous).mul_(block.a)  # dL/d(Delta A)
-        dA += torch.einsum("bktdn,bktd->kdn", decay_gradient, block.step)
-        dstep = torch.einsum("bktdn,kdn->bktd", decay_gradient, scan.A) + dstepped * block.u
+        adjoint[:, :, 1:].mul_(states[:, :, :-1])  # the state before each step
+        adjoint[:, :, 0].mul_(carry)
+        decay_gradient = adjoint.mul_(block.a)  # dL/d(Delta A)
+        dA += torch.einsum("bktnd,bktd->knd", decay_gradient, block.step)
+        dstep = decay_gradient.mul_(scan.A.unsqueeze(1)).sum(-2) + dstepped * block.u
         dpre = dstep * block.valid * (torch.sigmoid(block.pre) if delta_softplus else 1.0)
         if dbias is not None:
             dbias += dpre.sum((0, 2))
         if ddt_weight is not None:
-            ddt_weight += torch.einsum("bktd,bktr->kdr", dpre, _gather(delta, block.row, scan.dtype))
+            ddt_weight += torch.einsum("bktd,bktr->kdr", dpre, gather_steps(delta, block.row).to(scan.dtype))
             dpre = dpre @ scan.dt_weight
-        _scatter_add(ddelta, block.row, dpre)
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, ddt_weight, None if initial_state is None else g
+        scatter_steps_(ddelta, block.row, dpre)
+    dinitial_state = None if initial_state is None else g.transpose(2, 3)
+    return du, ddelta, dA.transpose(1, 2), dB, dC, dD, dz, dbias, ddt_weight, dinitial_state
 
 
 register_implementation(Implementation("selective_scan", "torch", (), forward, backward))

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..backend import Implementation, register_implementation
-from ..scan_path import scan_order
-from ..selective_scan.pytorch import _gather, _scatter_add
+from ..scan_path import gather_steps, scan_order, scatter_steps_
 
 __all__ = ["backward", "forward"]
 
@@ -88,7 +87,7 @@ class _SSD:
     def _rows(self, activation, token, trailing):
         """Tokens of an activation (B, L, [K], *trailing), as (B, K, Q, *trailing)."""
         flat = activation.flatten(-len(trailing)) if len(trailing) > 1 else activation
-        return _gather(flat, token, self.dtype).unflatten(-1, trailing)
+        return gather_steps(flat, token).to(self.dtype).unflatten(-1, trailing)
 
     def grouped(self, projection, token):
         """Tokens of B or C as (B, S, Q, N)."""
@@ -143,7 +142,7 @@ class _SSD:
 
     def write_outputs(self, y, chunk: _Chunk, h) -> None:
         """Add the chunk's outputs to y, (B, L, H P) or (B, L, K, H P)."""
-        _scatter_add(y, chunk.token, self.steps_first(self.outputs(chunk, h)) * chunk.visited)
+        scatter_steps_(y, chunk.token, self.steps_first(self.outputs(chunk, h)) * chunk.visited)
 
     def initial_state(self, initial_states):
         shape = (self.batch, self.directions * self.groups, self.ratio, self.head_dim, self.states)
@@ -271,7 +270,7 @@ def backward(
     g = torch.zeros_like(h) if dfinal is None else ssd.initial_state(dfinal)
     for start, h in zip(reversed(ssd.starts), reversed(states), strict=True):
         chunk = ssd.chunk(start)
-        dy_rows = _gather(dy, chunk.token, ssd.dtype) * chunk.visited
+        dy_rows = gather_steps(dy, chunk.token).to(ssd.dtype) * chunk.visited
         dy_chunk = ssd.heads_first(dy_rows.unflatten(-1, (ssd.heads, ssd.head_dim)))
         gradients = _chunk_backward(ssd, chunk, h, dy_chunk, g)
         g = gradients.h
@@ -283,11 +282,11 @@ def backward(
         if dD is not None:
             per_channel = (dy_chunk * chunk.x).sum((0, 3))
             dD += per_channel if D.dim() == 3 else per_channel.sum(-1, keepdim=True)
-        _scatter_add(ddt, chunk.token, ssd.steps_first(dpre))
-        _scatter_add(dx.flatten(-2), chunk.token, ssd.steps_first(gradients.x))
+        scatter_steps_(ddt, chunk.token, ssd.steps_first(dpre))
+        scatter_steps_(dx.flatten(-2), chunk.token, ssd.steps_first(gradients.x))
         for total, gradient in ((dB, gradients.B), (dC, gradients.C)):
             rows = gradient.unflatten(1, (ssd.directions, ssd.groups)).movedim(2, 3).flatten(3)
-            _scatter_add(total.flatten(-2), chunk.token, rows)
+            scatter_steps_(total.flatten(-2), chunk.token, rows)
     dinitial = None if initial_states is None else ssd.state_of_heads(g)
     dD = None if dD is None else dD.reshape(D.shape)
     dbias = None if dbias is None else dbias.reshape(dt_bias.shape)
