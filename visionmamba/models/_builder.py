@@ -17,7 +17,15 @@ from timm.models._pretrained import PretrainedCfg
 
 from ._checkpoint import CheckpointError, load_checkpoint_file
 
-__all__ = ["WeightsUnavailableError", "build_model", "family_modules"]
+__all__ = [
+    "WeightsUnavailableError",
+    "abbreviated",
+    "build_model",
+    "family_modules",
+    "find_differences",
+    "fitting_models",
+    "published_weights",
+]
 
 _logger = logging.getLogger(__name__)
 _MAX_NAMED_KEYS = 5
@@ -71,7 +79,7 @@ def _fetch(cfg: PretrainedCfg, variant: str) -> str:
         ) from error
 
 
-def _weights(cfg: PretrainedCfg, variant: str) -> Tensors:
+def published_weights(cfg: PretrainedCfg, variant: str) -> Tensors:
     """Return the checkpoint that a pretrained cfg points at."""
     if cfg.state_dict is not None:
         return dict(cfg.state_dict)
@@ -85,7 +93,7 @@ def _weights(cfg: PretrainedCfg, variant: str) -> Tensors:
     return load_checkpoint_file(_fetch(cfg, variant))
 
 
-def _differences(state_dict: Tensors, model: nn.Module, ignored: tuple[str, ...]) -> dict[str, list[str]]:
+def find_differences(state_dict: Tensors, model: nn.Module, ignored: tuple[str, ...]) -> dict[str, list[str]]:
     """Return what keeps a state dict from fitting a model, by kind."""
     expected = model.state_dict()
     kept = {key: value for key, value in state_dict.items() if not key.startswith(ignored)}
@@ -100,11 +108,12 @@ def _differences(state_dict: Tensors, model: nn.Module, ignored: tuple[str, ...]
     }
 
 
-def _some(keys: list[str]) -> str:
+def abbreviated(keys: list[str]) -> str:
+    """Return the first few keys, for an error."""
     return ", ".join(keys[:_MAX_NAMED_KEYS]) + (", ..." if len(keys) > _MAX_NAMED_KEYS else "")
 
 
-def _fitting_models(checkpoint: Tensors) -> list[str]:
+def fitting_models(checkpoint: Tensors) -> list[str]:
     """Return the registered models that a checkpoint fits exactly."""
     fitting = []
     for name in timm.list_models(module=family_modules()):
@@ -133,10 +142,10 @@ def _strict_filter(
         if model.in_chans != cfg["input_size"][0]:
             first_conv = cfg.get("first_conv") or ()
             ignored += (first_conv,) if isinstance(first_conv, str) else tuple(first_conv)
-        differences = {kind: keys for kind, keys in _differences(state_dict, model, ignored).items() if keys}
+        differences = {kind: keys for kind, keys in find_differences(state_dict, model, ignored).items() if keys}
         if differences:
-            listing = "; ".join(f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in differences.items())
-            fitting = _fitting_models(checkpoint) if explain else []
+            listing = "; ".join(f"{len(keys)} {kind} ({abbreviated(keys)})" for kind, keys in differences.items())
+            fitting = fitting_models(checkpoint) if explain else []
             hint = f" It fits {', '.join(fitting)}." if fitting else ""
             raise CheckpointError(f"{variant}: the checkpoint does not fit: {listing}.{hint}")
         return state_dict
@@ -180,7 +189,7 @@ def build_model(
         model_cls,
         variant,
         True,
-        pretrained_cfg=replace(cfg, state_dict=_weights(cfg, variant)),
+        pretrained_cfg=replace(cfg, state_dict=published_weights(cfg, variant)),
         pretrained_filter_fn=_strict_filter(checkpoint_filter_fn, variant, explain),
         **kwargs,
     )

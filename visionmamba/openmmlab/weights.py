@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..models._builder import _differences, _fitting_models, _some
+from ..models._builder import abbreviated, find_differences, fitting_models
 from ..models._checkpoint import CheckpointError, load_checkpoint_file
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def read_weights(checkpoint: str) -> Tensors:
 
 
 def _check(weights: Tensors, module: torch.nn.Module, ignored: tuple[str, ...], name: str, whole: Tensors) -> None:
-    differences = {kind: keys for kind, keys in _differences(weights, module, ignored).items() if keys}
+    differences = {kind: keys for kind, keys in find_differences(weights, module, ignored).items() if keys}
     if differences:
-        listing = "; ".join(f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in differences.items())
-        fitting = _fitting_models(whole)
+        listing = "; ".join(f"{len(keys)} {kind} ({abbreviated(keys)})" for kind, keys in differences.items())
+        fitting = fitting_models(whole)
         hint = f" It fits {', '.join(fitting)}." if fitting else ""
         raise CheckpointError(f"{name}: the checkpoint does not fit: {listing}.{hint}")
 
