@@ -90,6 +90,11 @@ class ScanPath:
             inverse[k, order[visited]] = np.flatnonzero(visited)
         return inverse
 
+    @cached_property
+    def has_gaps(self) -> bool:
+        """Whether some direction has steps without a token."""
+        return bool((self.order < 0).any())
+
     def coordinates(self, k: int) -> np.ndarray:
         """Return the ``(steps, rank)`` grid coordinates that direction ``k`` visits, for drawing."""
         order = self.order[k]
@@ -259,6 +264,24 @@ def gather_steps(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         index = index * x.shape[2] + torch.arange(x.shape[2], device=x.device).unsqueeze(1)
         x = x.flatten(1, 2)
     return x.index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+def visited_steps(name: str, grid: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return what to multiply steps with so that those without a token become 0.
+
+    Args:
+        name: Path name.
+        grid: Size of the token grid.
+        device: Where the factors are needed.
+        dtype: Their dtype.
+
+    Returns:
+        ``(K, P, 1)`` of zeros and ones; None for a path on which every step visits a token.
+    """
+    grid = tuple(int(size) for size in grid)
+    if not scan_path(name, grid).has_gaps:
+        return None
+    return (scan_order(name, grid, device) >= 0).unsqueeze(-1).to(dtype)
 
 
 def scatter_steps_(out: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..backend import Implementation, register_implementation
-from ..scan_path import gather_steps, scan_inverse, scan_order
+from ..scan_path import gather_steps, scan_inverse, scan_order, scan_path, visited_steps
 
 __all__ = ["backward", "forward"]
 
@@ -18,7 +18,8 @@ class _Walk:
     """Tokens gathered into path order, after the W - 1 values that precede them."""
 
     token: torch.Tensor  # (K, P), 0 where there is none
-    valid: torch.Tensor  # (K, P, 1)
+    counts: torch.Tensor  # (K,) number of tokens visited
+    visited: torch.Tensor | None  # (K, P, 1), 0 where there is no token; None if there is one everywhere
     window: torch.Tensor  # (B, K, W - 1 + P, D)
     sequence: torch.Tensor | None  # (B, K, W - 1 + P, 1) index of the sequence a tap belongs to
 
@@ -39,8 +40,10 @@ class _Walk:
 def _walk(x, weight, seq_idx, initial_states, path, grid) -> _Walk:
     dtype = torch.promote_types(x.dtype, torch.float32)
     order = scan_order(path, tuple(grid), x.device).long()
-    token, valid = order.clamp(min=0), (order >= 0).unsqueeze(-1)
-    steps = gather_steps(x, token).to(dtype).mul_(valid)
+    token, visited = order.clamp(min=0), visited_steps(path, grid, x.device, dtype)
+    steps = gather_steps(x, token).to(dtype)
+    if visited is not None:
+        steps.mul_(visited)
     past = weight.shape[2] - 1
     if initial_states is None:
         window = F.pad(steps, (0, 0, past, 0))
@@ -50,7 +53,7 @@ def _walk(x, weight, seq_idx, initial_states, path, grid) -> _Walk:
     if seq_idx is not None:
         sequence = seq_idx[:, token].unsqueeze(-1)
         sequence = torch.cat([sequence[:, :, :1].expand(-1, -1, past, -1), sequence], dim=2)
-    return _Walk(token, valid, window, sequence)
+    return _Walk(token, (order >= 0).sum(1), visited, window, sequence)
 
 
 def _preactivation(walk: _Walk, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -67,7 +70,9 @@ def _to_tokens(values: torch.Tensor, path: str, grid: list[int]) -> torch.Tensor
     step = scan_inverse(path, tuple(grid), values.device).long()  # (K, L)
     index = step.clamp(min=0) + values.shape[2] * torch.arange(len(step), device=values.device).unsqueeze(1)
     tokens = values.flatten(1, 2).index_select(1, index.t().flatten()).unflatten(1, index.t().shape)
-    return tokens.mul_((step >= 0).t().unsqueeze(-1))
+    if (scan_path(path, grid).inverse < 0).any():
+        tokens.mul_((step >= 0).t().unsqueeze(-1))
+    return tokens
 
 
 def forward(x, weight, bias, seq_idx, initial_states, path, grid, silu):
@@ -80,8 +85,7 @@ def forward(x, weight, bias, seq_idx, initial_states, path, grid, silu):
 
 def _final_index(walk: _Walk, past: int) -> torch.Tensor:
     """Positions in the window of the last ``past`` values of each direction, (K, past)."""
-    counts = walk.valid.sum((1, 2))
-    return counts.unsqueeze(1) + torch.arange(past, device=counts.device)
+    return walk.counts.unsqueeze(1) + torch.arange(past, device=walk.counts.device)
 
 
 def _final_states(walk: _Walk, past: int) -> torch.Tensor:
@@ -94,7 +98,9 @@ def backward(dout, dfinal, x, weight, bias, seq_idx, initial_states, path, grid,
     """Compute the gradients of x, weight, bias and initial_states; None for absent ones."""
     walk = _walk(x, weight, seq_idx, initial_states, path, grid)
     dtype, width, steps = walk.window.dtype, weight.shape[2], walk.token.shape[1]
-    dtotal = gather_steps(dout, walk.token).to(dtype).mul_(walk.valid)
+    dtotal = gather_steps(dout, walk.token).to(dtype)
+    if walk.visited is not None:
+        dtotal.mul_(walk.visited)
     if silu:
         total = _preactivation(walk, weight, bias)
         sigmoid = torch.sigmoid(total)

@@ -195,8 +195,8 @@ class _LinearScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a, b):
-        decay, drive = (x.flatten(1)[None, None, :, None] for x in (a, b))  # (1, 1, L, 1, rows)
-        h = scan_states_(decay, drive.clone(), torch.zeros_like(drive[:, :, 0]))[0, 0, :, 0].view(b.shape)
+        decay, drive = (x.flatten(1)[None, None, :, None].clone() for x in (a, b))  # (1, 1, L, 1, rows)
+        h = scan_states_(decay, drive, torch.zeros_like(drive[:, :, 0]))[0, 0, :, 0].view(b.shape)
         ctx.save_for_backward(a, h)
         return h
 

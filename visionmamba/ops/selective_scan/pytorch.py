@@ -1,9 +1,10 @@
 """The selective scan in plain PyTorch, for any device: the fallback.
 
-Where a step is large enough to hide the cost of a PyTorch call, the recurrence ``h_t = a_t h_{t-1} + b_t`` over a block
-of steps is walked one step at a time. Elsewhere it is cut into about sqrt(T) rows of sqrt(T) steps: all rows advance
-together from a zero state, then pass their state on, which takes 2 sqrt(T) calls instead of T, and three times the
-memory traffic. Backward is the same recurrence in reverse on the adjoint g_t = C_t dy_t + a_{t+1} g_{t+1}. Only the
+The recurrence ``h_t = a_t h_{t-1} + b_t`` over a block of steps is walked step by step on a CPU where a step is large
+enough to hide the cost of a PyTorch call. Elsewhere it is cut into rows of about sqrt(T) steps: all rows advance
+together, one step at a time, from a zero state; then each passes its last state to the next, and that state is added to
+all its steps with the decay since. That takes about 3 sqrt(T) calls instead of T, and three times the memory traffic.
+Backward is the same recurrence in reverse on the adjoint g_t = C_t dy_t + a_{t+1} g_{t+1}. Only the
 states at the beginning of each block are kept between the two. Channels are the fastest dimension of every state.
 """
 
@@ -12,16 +13,17 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
 from ..backend import Implementation, register_implementation
-from ..scan_path import gather_steps, scan_order, scatter_steps_
+from ..scan_path import gather_steps, scan_order, scatter_steps_, visited_steps
 
 __all__ = ["backward", "forward", "scan_states_"]
 
-_BLOCK_ELEMENTS = 1 << 21
+_BLOCK_ELEMENTS = 1 << 22
 """States (B, K, T, N, D) that one block of steps may hold at once."""
 
 _STEP_ELEMENTS = 4096
@@ -48,7 +50,7 @@ class _Block:
 
     token: torch.Tensor  # (K, T) token visited, 0 where there is none
     row: torch.Tensor  # (K, T) row of delta, B and C
-    valid: torch.Tensor  # (K, T, 1)
+    visited: torch.Tensor | None  # (K, T, 1), 0 where there is no token; None if there is one everywhere
     u: torch.Tensor  # (B, K, T, D)
     pre: torch.Tensor  # (B, K, T, D) delta + bias, before softplus
     step: torch.Tensor  # (B, K, T, D) Delta, 0 where there is no token
@@ -57,48 +59,64 @@ class _Block:
     C: torch.Tensor  # (B, K, T, N)
 
 
-def _walk_rows_(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Solve h_t = a_t h_{t-1} + b_t along dimension 2 of (B, K, T, N, D) by rows of steps; overwrites a and b."""
-    steps = a.shape[2]
-    length = max(1, math.isqrt(steps))
-    rows = -(-steps // length)
-    if rows * length != steps:
-        extra = (0, 0, 0, 0, 0, rows * length - steps)
-        a, b = F.pad(a, extra, value=1.0), F.pad(b, extra)
-    a, b = (x.unflatten(2, (rows, length)) for x in (a, b))
-    for j in range(1, length):
-        b[:, :, :, j].addcmul_(a[:, :, :, j], b[:, :, :, j - 1])
-        a[:, :, :, j].mul_(a[:, :, :, j - 1])
-    for i in range(rows):
-        b[:, :, i].addcmul_(a[:, :, i], h.unsqueeze(2))
-        h = b[:, :, i, -1]
-    return b.flatten(2, 3)[:, :, :steps]
+_Steps = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def _by_steps(h: torch.Tensor) -> bool:
-    """Whether one step's states are enough work for a call."""
-    return h.device.type == "cpu" and h.numel() >= _STEP_ELEMENTS
+def _walk_(steps: _Steps, h: torch.Tensor) -> list[torch.Tensor]:
+    """Overwrite each step's input b by ``h = a h + b``; returns the states before each step, and the last."""
+    states = [h]
+    for a, b in steps:
+        states.append(b.addcmul_(a, states[-1]))
+    return states
+
+
+def _walk_rows_(columns: _Steps, h: torch.Tensor) -> torch.Tensor:
+    """Solve the recurrence for rows of steps; ``columns[j]`` holds the j-th step (B, K, rows, N, D) of every row."""
+    for (a_before, b_before), (a, b) in pairwise(columns):
+        b.addcmul_(a, b_before)
+        a.mul_(a_before)
+    states = _walk_(list(zip(*(x.unbind(2) for x in columns[-1]), strict=True)), h)
+    if len(columns) > 1:
+        before = torch.stack(states[:-1], dim=2)
+        for a, b in columns[:-1]:
+            b.addcmul_(a, before)
+    return states[-1]
 
 
 def scan_states_(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Return all h_t = a_t h_{t-1} + b_t of a block (B, K, T, N, D) from the state before it; overwrites b."""
-    if not _by_steps(h):
-        return _walk_rows_(a.clone(), b, h)
-    for a_t, b_t in zip(a.unbind(2), b.unbind(2), strict=True):
-        h = b_t.addcmul_(a_t, h)
+    """Solve ``h_t = a_t h_{t-1} + b_t`` along dimension 2.
+
+    Args:
+        a: Decays ``(B, K, T, N, D)``; overwritten.
+        b: Inputs ``(B, K, T, N, D)``; overwritten by the result.
+        h: State before the first step, ``(B, K, N, D)``.
+
+    Returns:
+        ``b``, which now holds every h_t.
+    """
+    steps = a.shape[2]
+    by_steps = h.device.type == "cpu" and h.numel() >= _STEP_ELEMENTS
+    length = 1 if by_steps else math.isqrt(steps)
+    whole = steps - steps % length
+    rows = (x[:, :, :whole].unflatten(2, (-1, length)).unbind(3) for x in (a, b))
+    h = _walk_rows_(list(zip(*rows, strict=True)), h)
+    _walk_(list(zip(*(x[:, :, whole:].unbind(2) for x in (a, b)), strict=True)), h)
     return b
 
 
-def _adjoint(a: torch.Tensor, b: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """Return all g_t = b_t + a_{t+1} g_{t+1} of a block, where the last takes ``g`` as it is; overwrites b."""
-    if not _by_steps(g):
-        decay = torch.cat([a[:, :, 1:], torch.ones_like(a[:, :, :1])], dim=2).flip(2)
-        return _walk_rows_(decay, b.flip(2), g).flip(2)
-    later, b_steps = a.unbind(2), b.unbind(2)
-    adjoint = b_steps[-1].add_(g)
-    for t in range(len(b_steps) - 2, -1, -1):
-        adjoint = b_steps[t].addcmul_(later[t + 1], adjoint)
-    return b
+def _adjoint_states_(a: torch.Tensor, b: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Return every ``g_t = b_t + a_{t+1} g_{t+1}``, where the last step takes ``g`` as it is; may overwrite b."""
+    if b.device.type == "cpu" and g.numel() >= _STEP_ELEMENTS:
+        b[:, :, -1].add_(g)
+        _walk_(list(zip(a.unbind(2)[:0:-1], b.unbind(2)[-2::-1], strict=True)), b[:, :, -1])
+        return b
+    decay = torch.cat([a[:, :, 1:], torch.ones_like(a[:, :, :1])], dim=2).flip(2)
+    return scan_states_(decay, b.flip(2), g).flip(2)
+
+
+def _masked(x: torch.Tensor, visited: torch.Tensor | None) -> torch.Tensor:
+    """Return x with 0 where there is no token."""
+    return x if visited is None else x * visited
 
 
 class _Scan:
@@ -113,6 +131,7 @@ class _Scan:
         self.bias = None if delta_bias is None else delta_bias.to(dtype)
         self.delta, self.delta_softplus, self.in_step_order = delta, delta_softplus, in_step_order
         self.order = scan_order(path, tuple(grid), u.device).long()
+        self.visited = visited_steps(path, grid, u.device, dtype)
         directions, channels, states = A.shape
         self.num_steps = self.order.shape[1]
         length = max(1, _BLOCK_ELEMENTS // max(1, u.shape[0] * directions * channels * states))
@@ -129,28 +148,28 @@ class _Scan:
         row = token
         if self.in_step_order:
             row = torch.arange(start, start + order.shape[1], device=order.device).expand_as(order)
-        valid = (order >= 0).unsqueeze(-1)
+        visited = self.visited if self.visited is None else self.visited[:, start : start + self.starts.step]
         pre = gather_steps(self.delta, row).to(self.dtype)
         if self.dt_weight is not None:
             pre = pre @ self.dt_weight.transpose(1, 2)  # (B, K, T, R) x (K, R, D)
         if self.bias is not None:
             pre.add_(self.bias.unsqueeze(1))
-        step = (F.softplus(pre) if self.delta_softplus else pre) * valid
+        step = _masked(F.softplus(pre) if self.delta_softplus else pre, visited)
         a = self.product("a", step.unsqueeze(-2), self.A.unsqueeze(1)).exp_()
         u, B, C = (gather_steps(x, i).to(self.dtype) for x, i in ((self.u, token), (self.B, row), (self.C, row)))
-        return _Block(token, row, valid, u, pre, step, a, B, C)
+        return _Block(token, row, visited, u, pre, step, a, B, C)
 
-    def states(self, block: _Block, h: torch.Tensor) -> torch.Tensor:
-        """h_t of every step of the block, (B, K, T, N, D), from the state before it."""
+    def states(self, block: _Block, h: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+        """h_t of every step of the block, (B, K, T, N, D), from the state before it; overwrites the copy of a."""
         drive = self.product("states", (block.step * block.u).unsqueeze(-2), block.B.unsqueeze(-1))
-        return scan_states_(block.a, drive, h)
+        return scan_states_(decay, drive, h)
 
     def outputs(self, block: _Block, h: torch.Tensor) -> torch.Tensor:
         """y_t of every step of the block, (B, K, T, D); 0 where there is no token."""
         y = (block.C.unsqueeze(-2) @ h).squeeze(-2)
         if self.D is not None:
             y.addcmul_(self.D.unsqueeze(1), block.u)
-        return y.mul_(block.valid)
+        return _masked(y, block.visited)
 
     def initial_state(self, initial_state: torch.Tensor | None) -> torch.Tensor:
         if initial_state is not None:
@@ -176,7 +195,7 @@ def forward(
     y, h = scan.empty_output(merge), scan.initial_state(initial_state)
     for start in scan.starts:
         block = scan.block(start)
-        states = scan.states(block, h)
+        states = scan.states(block, h, block.a)
         h = states[:, :, -1].clone()
         scatter_steps_(y, block.token, scan.outputs(block, states))
     if z is not None:
@@ -204,7 +223,7 @@ def backward(
     for start in scan.starts:
         carries.append(h)
         block = scan.block(start)
-        states = scan.states(block, h)
+        states = scan.states(block, h, block.a)
         h = states[:, :, -1].clone()
         if y is not None:
             scatter_steps_(y, block.token, scan.outputs(block, states))
@@ -221,29 +240,30 @@ def backward(
     g = torch.zeros_like(h) if dlast is None else dlast.to(scan.dtype).transpose(2, 3)
     for start, carry in zip(reversed(scan.starts), reversed(carries), strict=True):
         block = scan.block(start)
-        states = scan.states(block, carry)
-        dy_t = gather_steps(dy, block.token).mul_(block.valid)
+        decay = _buffer("decay", block.a.shape, u, scan.dtype)
+        states = scan.states(block, carry, decay.copy_(block.a))
+        dy_t = _masked(gather_steps(dy, block.token), block.visited)
         # g_t = C_t dy_t + a_{t+1} g_{t+1}
         drive = scan.product("adjoint", dy_t.unsqueeze(-2), block.C.unsqueeze(-1))
-        adjoint = _adjoint(block.a, drive, g)
+        adjoint = _adjoint_states_(block.a, drive, g)
         g = block.a[:, :, 0] * adjoint[:, :, 0]
 
         stepped = block.step * block.u
         dstepped = (block.B.unsqueeze(-2) @ adjoint).squeeze(-2)
-        scatter_steps_(dB, block.row, (adjoint @ stepped.unsqueeze(-1)).squeeze(-1) * block.valid)
+        scatter_steps_(dB, block.row, _masked((adjoint @ stepped.unsqueeze(-1)).squeeze(-1), block.visited))
         scatter_steps_(dC, block.row, (states @ dy_t.unsqueeze(-1)).squeeze(-1))
         du_t = dstepped * block.step
         if scan.D is not None:
             du_t = du_t + scan.D.unsqueeze(1) * dy_t
             dD += torch.einsum("bktd,bktd->kd", dy_t, block.u)
-        scatter_steps_(du, block.token, du_t * block.valid)
+        scatter_steps_(du, block.token, _masked(du_t, block.visited))
 
         adjoint[:, :, 1:].mul_(states[:, :, :-1])  # the state before each step
         adjoint[:, :, 0].mul_(carry)
         decay_gradient = adjoint.mul_(block.a)  # dL/d(Delta A)
         dA += torch.einsum("bktnd,bktd->knd", decay_gradient, block.step)
         dstep = decay_gradient.mul_(scan.A.unsqueeze(1)).sum(-2) + dstepped * block.u
-        dpre = dstep * block.valid * (torch.sigmoid(block.pre) if delta_softplus else 1.0)
+        dpre = _masked(dstep * torch.sigmoid(block.pre) if delta_softplus else dstep, block.visited)
         if dbias is not None:
             dbias += dpre.sum((0, 2))
         if ddt_weight is not None:
