@@ -33,7 +33,15 @@ def find_mmseg_configs() -> None:
 find_mmseg_configs()
 install()  # before anything imports mmcv.ops
 
+from .adapter import VisionMambaAdapter  # noqa: E402
 from .backbone import VisionMambaBackbone  # noqa: E402
-from .neck import VisionMambaFeaturePyramid  # noqa: E402
+from .neck import VisionMambaFeaturePyramid, ViTDetFeaturePyramid  # noqa: E402
 
-__all__ = ["VisionMambaBackbone", "VisionMambaFeaturePyramid", "find_mmseg_configs", "install"]
+__all__ = [
+    "ViTDetFeaturePyramid",
+    "VisionMambaAdapter",
+    "VisionMambaBackbone",
+    "VisionMambaFeaturePyramid",
+    "find_mmseg_configs",
+    "install",
+]

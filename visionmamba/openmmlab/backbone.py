@@ -80,13 +80,17 @@ class VisionMambaBackbone(BaseModule):
         img_size: Size in pixels for which the position embedding is kept; images of any size are taken (the embedding
             is interpolated for others).
         init_cfg: ``dict(type="Pretrained", checkpoint=PATH or URL)``: weights of a classifier, detector or segmentor,
-            from the authors or from this project, see :func:`visionmamba.openmmlab.weights.fit_weights`. Without it,
-            the authors' random initialisation.
+            from the authors or from this project, see :func:`visionmamba.openmmlab.weights.fit_weights`; the word
+            ``"published"`` in place of a path stands for the classifier that the authors published. Without it, the
+            authors' random initialisation.
         **model_args: Arguments of the model's constructor.
 
     Raises:
         ValueError: An argument is not as described.
     """
+
+    adapter_parts: tuple[str, ...] = ()
+    """How the names of parameters begin that belong to no model of the zoo, see :class:`VisionMambaAdapter`."""
 
     def __init__(
         self,
@@ -169,12 +173,13 @@ class VisionMambaBackbone(BaseModule):
         """Load a classifier's, detector's or segmentor's checkpoint.
 
         Args:
-            checkpoint: Path or URL.
+            checkpoint: Path, URL or ``"published"``.
         """
-        weights = fit_weights(read_weights(checkpoint), self)
+        weights = fit_weights(read_weights(checkpoint, self.model_name), self)
         missing, _ = self.load_state_dict(weights, strict=False)
-        norms = ", output norms are not in it and start as ones" if missing else ""
-        print_log(f"{self.model_name}: loaded {checkpoint}{norms}", logger="current", level=logging.INFO)
+        parts = sorted({key.partition(".")[0] for key in missing})
+        note = f"; not in it, at their initial values: {', '.join(parts)}" if parts else ""
+        print_log(f"{self.model_name}: loaded {checkpoint}{note}", logger="current", level=logging.INFO)
 
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:

@@ -6,14 +6,18 @@ import re
 from typing import TYPE_CHECKING
 
 import torch
+from timm.models import get_pretrained_cfg
 
-from ..models._builder import abbreviated, find_differences, fitting_models
+from ..models._builder import abbreviated, find_differences, fitting_models, published_weights
 from ..models._checkpoint import CheckpointError, load_checkpoint_file
 
 if TYPE_CHECKING:
     from .backbone import VisionMambaBackbone
 
-__all__ = ["fit_weights", "read_weights"]
+__all__ = ["PUBLISHED", "fit_weights", "read_weights"]
+
+PUBLISHED = "published"
+"""In place of a path: the weights that the model's authors published."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -22,16 +26,20 @@ _OF_CLASSIFIERS = ("head.", "norm.", "fc_norm.")
 """What detectors' and segmentors' checkpoints lack, and backbones have no use for."""
 
 
-def read_weights(checkpoint: str) -> Tensors:
+def read_weights(checkpoint: str, model_name: str) -> Tensors:
     """Read a checkpoint's tensors, without prefixes and without the other parts of a detector or segmentor.
 
     Args:
-        checkpoint: Path or URL.
+        checkpoint: Path, URL or :data:`PUBLISHED`.
+        model_name: Name in timm's registry of the model that the weights are for.
 
     Raises:
         FileNotFoundError: There is no such file.
         CheckpointError: It cannot be read.
+        WeightsUnavailableError: There are no published weights, or they cannot be downloaded.
     """
+    if checkpoint == PUBLISHED:
+        return published_weights(get_pretrained_cfg(model_name), model_name)
     if checkpoint.startswith(("http://", "https://")):
         from timm.models._hub import download_cached_file
 
@@ -71,6 +79,19 @@ def _fit_out_norms(norms: dict[int, Tensors], final: dict[int, Tensors], backbon
     }
 
 
+def _without_class_token(weights: Tensors, model: torch.nn.Module) -> Tensors:
+    """Drop a class token that a plain model does without, and its row of the position embedding.
+
+    The authors of Vim drop row 0 instead, which belongs to the first patch: their class token stands in the middle.
+    """
+    if "cls_token" not in weights or getattr(model, "cls_token", None) is not None:
+        return weights
+    embed = weights["pos_embed"]
+    middle = (embed.shape[1] - 1) // 2
+    kept = {key: value for key, value in weights.items() if key != "cls_token"}
+    return {**kept, "pos_embed": torch.cat([embed[:, :middle], embed[:, middle + 1 :]], dim=1)}
+
+
 def fit_weights(state_dict: Tensors, backbone: VisionMambaBackbone) -> Tensors:
     """Convert a checkpoint to a backbone's state dict; only the classifier, its norm and output norms may be missing.
 
@@ -89,19 +110,24 @@ def fit_weights(state_dict: Tensors, backbone: VisionMambaBackbone) -> Tensors:
         _check(state_dict, backbone, (), backbone.model_name, state_dict)
         return state_dict
     norms: dict[int, Tensors] = {}
-    weights = {}
+    weights, adapter = {}, {}
     for key, value in state_dict.items():
+        if key.startswith(backbone.adapter_parts):
+            adapter[key] = value
+            continue
         match = _OUT_NORM.fullmatch(key)
         if match:
             norms.setdefault(int(match[1]), {})[match[2]] = value
         else:
             weights[key] = value
     whole = backbone.create_model(device="meta")
-    converted = backbone.checkpoint_filter_fn(weights, whole)
+    converted = backbone.checkpoint_filter_fn(_without_class_token(weights, whole), whole)
     _check(converted, whole, _OF_CLASSIFIERS, backbone.model_name, state_dict)
     final = {}
     if backbone.final_norm_is_output and "norm.weight" in converted:
         final[backbone.out_indices[-1]] = {leaf: converted[f"norm.{leaf}"] for leaf in ("weight", "bias")}
     kept = backbone.model.state_dict()
     ours = {f"model.{key}": value for key, value in converted.items() if key in kept}
-    return ours | _fit_out_norms(norms, final, backbone)
+    if adapter:
+        _check(adapter, backbone, ("model.",), backbone.model_name, state_dict)
+    return ours | adapter | _fit_out_norms(norms, final, backbone)

@@ -1,35 +1,9 @@
-"""UPerNet on VMamba-T s1l8, 160k iterations of ADE20K: published mIoU 47.9, 61.9 M parameters."""
+"""UPerNet on VMamba-T s1l8, 160k iterations of ADE20K: published mIoU 47.9, with test-time augmentation 48.8."""
 
-_base_ = [
-    "mmseg::_base_/models/upernet_swin.py",
-    "mmseg::_base_/datasets/ade20k.py",
-    "mmseg::_base_/default_runtime.py",
-    "mmseg::_base_/schedules/schedule_160k.py",
-]
-custom_imports = dict(imports=["visionmamba.openmmlab"], allow_failed_imports=False)
+_base_ = "../_base_/upernet_8xb2-160k_ade20k-512x512.py"
 
-pretrained = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth"
 model = dict(
-    data_preprocessor=dict(size=(512, 512)),
-    backbone=dict(
-        _delete_=True,
-        type="VisionMambaBackbone",
-        model_name="vmamba_tiny_s1l8",
-        drop_path_rate=0.2,
-        init_cfg=dict(type="Pretrained", checkpoint=pretrained),
-    ),
-    decode_head=dict(in_channels=[96, 192, 384, 768], num_classes=150),
-    auxiliary_head=dict(in_channels=384, num_classes=150),
+    backbone=dict(model_name="vmamba_tiny_s1l8", drop_path_rate=0.2),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
 )
-
-optim_wrapper = dict(
-    _delete_=True,
-    type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),
-)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type="PolyLR", eta_min=0.0, power=1.0, begin=1500, end=160000, by_epoch=False),
-]
-train_dataloader = dict(batch_size=2)

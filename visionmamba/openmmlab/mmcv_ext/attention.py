@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -9,13 +11,13 @@ __all__ = ["ms_deform_attn_backward", "ms_deform_attn_forward", "multi_scale_def
 
 
 def multi_scale_deformable_attention(
-    value: torch.Tensor, spatial_shapes: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor
+    value: torch.Tensor, sizes: Sequence[tuple[int, int]], locations: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Sample multi-scale feature maps around each query and average the samples.
 
     Args:
         value: Flattened maps of all levels, ``(B, sum of H W, heads, channels)``.
-        spatial_shapes: ``(levels, 2)`` heights and widths.
+        sizes: Height and width of each level's map.
         locations: Sampling points in [0, 1], x before y, ``(B, queries, heads, levels, points, 2)``.
         weights: ``(B, queries, heads, levels, points)``.
 
@@ -24,7 +26,6 @@ def multi_scale_deformable_attention(
     """
     batch, _, heads, channels = value.shape
     queries = locations.shape[1]
-    sizes = [(int(height), int(width)) for height, width in spatial_shapes.tolist()]
     grids = 2 * locations - 1
     samples = []
     for level, (maps, size) in enumerate(zip(value.split([h * w for h, w in sizes], dim=1), sizes, strict=True)):
@@ -41,7 +42,8 @@ def ms_deform_attn_forward(
     value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights, im2col_step
 ):
     """Return :func:`multi_scale_deformable_attention` under mmcv's calling convention."""
-    return multi_scale_deformable_attention(value, value_spatial_shapes, sampling_locations, attention_weights)
+    sizes = value_spatial_shapes.tolist()
+    return multi_scale_deformable_attention(value, sizes, sampling_locations, attention_weights)
 
 
 def ms_deform_attn_backward(
@@ -51,7 +53,8 @@ def ms_deform_attn_backward(
     """Write the gradients of the values, the sampling locations and the weights."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (value, sampling_locations, attention_weights)]
-        out = multi_scale_deformable_attention(leaves[0], value_spatial_shapes, leaves[1], leaves[2])
+        sizes = value_spatial_shapes.tolist()
+        out = multi_scale_deformable_attention(leaves[0], sizes, leaves[1], leaves[2])
         gradients = torch.autograd.grad(out, leaves, grad_output)
     for target, gradient in zip((grad_value, grad_sampling_loc, grad_attn_weight), gradients, strict=True):
         target.copy_(gradient)

@@ -1,0 +1,9 @@
+"""Mask R-CNN on EfficientVMamba-T, 36 epochs of COCO in mixed precision: published box AP 38.3, mask AP 35.3."""
+
+_base_ = "../_base_/mask-rcnn_fpn_ms-crop-3x_coco.py"
+
+model = dict(
+    backbone=dict(model_name="efficient_vmamba_tiny", drop_path_rate=0.2),
+    neck=dict(in_channels=[48, 96, 192, 384]),
+)
+optim_wrapper = dict(type="AmpOptimWrapper")
