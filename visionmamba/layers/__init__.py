@@ -9,7 +9,7 @@ from .class_token import (
     take_class_token,
 )
 from .feature_pyramid import SimpleFeaturePyramid
-from .local_scan import LOCAL_DIRECTIONS, LocalScan
+from .local_scan import LOCAL_DIRECTIONS, LocalScan, chosen_directions, search_weights
 from .output_norms import OutputNorms
 from .patch import ChannelsLastConv2d, ConvDownsample, ConvPatchEmbed, DepthwiseConv2d
 from .pos_embed import resize_pos_embed_aligned, resize_pos_embed_official
@@ -43,6 +43,7 @@ __all__ = [
     "StridedPatchEmbed",
     "apply_rope",
     "axial_rope_table",
+    "chosen_directions",
     "class_token_indices",
     "init_dt_bias_",
     "init_s4d_real_",
@@ -50,6 +51,7 @@ __all__ = [
     "remove_class_token",
     "resize_pos_embed_aligned",
     "resize_pos_embed_official",
+    "search_weights",
     "take_class_token",
     "widen",
 ]

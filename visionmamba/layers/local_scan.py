@@ -14,7 +14,7 @@ from timm.layers import register_notrace_function
 from .channel_attention import ChannelAttention
 from .selective_ssm import SelectiveSSM
 
-__all__ = ["LOCAL_DIRECTIONS", "LocalScan"]
+__all__ = ["LOCAL_DIRECTIONS", "LocalScan", "chosen_directions", "search_weights"]
 
 LOCAL_DIRECTIONS = ("h", "h_flip", "v", "v_flip", "w2", "w2_flip", "w7", "w7_flip")
 """The directions that LocalMamba searches among, in the authors' order."""
@@ -206,3 +206,49 @@ class LocalScan(nn.Module):
             z = pad_tokens(z, grid, self.windows, self.class_token)
         y = crop_tokens(self.directions(x, z, grid), grid, self.windows, self.class_token)
         return self.merge(misplace_columns(y, grid, self.columns, self.class_token))
+
+
+def search_weights(supernet: nn.Module) -> dict[str, dict[str, float]]:
+    """Return how a direction search's supernet weighs the directions of its layers.
+
+    Args:
+        supernet: A model whose layers hold :class:`LocalScan` with ``search``.
+
+    Returns:
+        For each such layer, by its name in the model and from first to last, the softmax weight of each direction.
+
+    Raises:
+        ValueError: The model has no such layer, or weights that are not finite.
+    """
+    layers = {}
+    for name, module in supernet.named_modules():
+        if not (isinstance(module, LocalScan) and isinstance(module.merge, SearchMerge)):
+            continue
+        weights = module.merge.weights.detach().float().softmax(0)
+        if not weights.isfinite().all():
+            raise ValueError(f"supernet: expected finite weights of directions, got {weights.tolist()} in {name}")
+        directions = module.directions.path.removesuffix(_CLASS_TOKEN).split(",")
+        layers[name.removesuffix(".mixer.ssm")] = dict(zip(directions, weights.tolist(), strict=True))
+    if not layers:
+        raise ValueError(f"supernet: expected a model built with search=True, got {type(supernet).__name__} without")
+    return layers
+
+
+def chosen_directions(supernet: nn.Module, number: int = 4) -> list[str]:
+    """Return what the ``directions`` argument of the searched model takes: each layer's heaviest directions.
+
+    Args:
+        supernet: A trained model of the direction search.
+        number: Directions to choose for each layer; the published models have 4.
+
+    Returns:
+        A scan path for each layer, its directions in the authors' order (Huang et al. 2024, LocalMamba, section 4.2).
+
+    Raises:
+        ValueError: The model is no supernet, or has fewer directions.
+    """
+    if not 1 <= number <= len(LOCAL_DIRECTIONS):
+        raise ValueError(f"number: expected 1 to {len(LOCAL_DIRECTIONS)} directions, got {number}")
+    layers = search_weights(supernet).values()
+    kept = [sorted(weights, key=weights.__getitem__, reverse=True)[:number] for weights in layers]
+    return [",".join(sorted(names, key=LOCAL_DIRECTIONS.index)) for names in kept]

@@ -52,7 +52,7 @@ def from_official(
     converted = {}
     for key, value in state_dict.items():
         name = names.get(key, key)
-        folded = name in ours and value.shape == official[key].shape
+        folded = key in official and value.shape == official[key].shape
         converted[name] = value.reshape(ours[name].shape) if folded else value
     return converted
 
