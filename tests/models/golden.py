@@ -198,16 +198,16 @@ class Golden:
         names = ("grad_param_names", "grad_norm_keys", "grad_norm_params")
         return next(self.info[name] for name in names if name in self.info)
 
-    def check_gradients(
+    def gradient_norms(
         self,
         model: nn.Module,
         official_state_dict: Callable[[Mapping[str, torch.Tensor], nn.Module], Mapping[str, torch.Tensor]],
-    ) -> None:
-        """Assert that gradient norms are the golden's, by official parameter.
+    ) -> np.ndarray:
+        """Return the norms of a model's gradients, in the order of ``gradient_keys``; NaN stands for no gradient.
 
         Args:
             model: Ours, after ``backward`` of the golden's loss (``logits.float().pow(2).mean()``).
-            official_state_dict: The family's; it is applied to the gradients. NaN stands for no gradient.
+            official_state_dict: The family's; it is applied to the gradients.
         """
         gradients = {
             name: torch.full_like(parameter, torch.nan) if parameter.grad is None else parameter.grad
@@ -216,9 +216,17 @@ class Golden:
         official = official_state_dict(gradients, model)
         missing = [key for key in self.gradient_keys if key not in official]
         assert not missing, f"official_state_dict does not return {missing[:5]}"
+        return np.array([official[key].double().norm().item() for key in self.gradient_keys])
+
+    def check_gradients(
+        self,
+        model: nn.Module,
+        official_state_dict: Callable[[Mapping[str, torch.Tensor], nn.Module], Mapping[str, torch.Tensor]],
+    ) -> None:
+        """Assert that gradient norms are the golden's, by official parameter; arguments as for :meth:`gradient_norms`."""
+        norms = self.gradient_norms(model, official_state_dict)
         wrong = []
-        for key, expected in zip(self.gradient_keys, self.arrays["grad_norms"].tolist(), strict=True):
-            norm = official[key].double().norm().item()
+        for key, norm, expected in zip(self.gradient_keys, norms, self.arrays["grad_norms"], strict=True):
             if np.isnan(expected) or expected == 0:  # the loss does not depend on it
                 agrees = np.isnan(norm) or norm == 0
             else:

@@ -1,5 +1,6 @@
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -295,13 +296,38 @@ class TestVolumes:
             case.check_feature(f"feat{i}", outputs[name] if name in outputs else taps[feature_block(name)])
 
     @pytest.mark.slow
-    @pytest.mark.xfail(reason="3 of 300 norms are 1.08e-3 off, tolerance 1e-3; cause open", strict=True)
     def test_golden_gradients(self, tmp_path):
-        """In float64, which leaves the golden's own rounding and any fault of ours."""
+        """The golden's norms are among those that float32 has for this input, within the tolerance.
+
+        The decoder's leaky ReLUs have kinks: which side of one a value near it falls on is a matter of rounding, and
+        one value on the other side moves up to 39 of the 289 norms, by up to 5e-4. (With the kinks smoothed, float32
+        is within 1.2e-4 of float64.) So inputs that differ in the last bit have norms up to 2e-3 apart, more than the
+        tolerance, and the golden's are one draw of those: 1.08e-3 from float64's.
+        """
         case = golden("mamba_nd/mamba3d_btcv_small_unetr_48")
-        model = case.create_model(tmp_path).double()
-        model(case.input.double()).pow(2).mean().backward()
-        case.check_gradients(model, mamba_nd_btcv.official_state_dict)
+        model = case.create_model(tmp_path)
+        expected, tolerance = case.arrays["grad_norms"], case.entry["grad_rtol"]
+        used = ~np.isnan(expected)
+        assert len(expected) - used.sum() == 11  # of the last block, which is never trained
+
+        def norms(x, model=model):
+            model.zero_grad()
+            model(x).pow(2).mean().backward()
+            return case.gradient_norms(model, mamba_nd_btcv.official_state_dict)
+
+        generator = torch.Generator().manual_seed(0)
+        draws = [norms(case.input)]
+        for _ in range(5):
+            toward = torch.where(torch.rand(case.input.shape, generator=generator) < 0.5, torch.inf, -torch.inf)
+            draws.append(norms(torch.nextafter(case.input, toward)))
+        assert (np.isnan(draws) == ~used).all()
+        low, high = np.min(draws, axis=0)[used], np.max(draws, axis=0)[used]
+        spread = (high - low) / low
+        exact = norms(case.input.double(), model.double())[used]
+        for other in (expected[used], exact):
+            outside = np.maximum(low - other, other - high) / other
+            assert outside.max() <= tolerance, f"{case.gradient_keys[outside.argmax()]}: {outside.max():.2e} outside"
+        assert spread.max() > tolerance > np.quantile(spread, 0.9)  # float32 does determine most of them
 
     @pytest.fixture
     def small(self):
