@@ -12,7 +12,7 @@ from torch import Tensor
 from ._tracing import traceable_overload
 from .scan_path import scan_path
 
-__all__ = ["NUM_MOVES", "scan_moves"]
+__all__ = ["NUM_MOVES", "move_codes", "scan_moves"]
 
 _MOVES = {(0, 1): 1, (0, -1): 2, (-1, 0): 3, (1, 0): 4}  # (rows, columns): right, left, up, down
 NUM_MOVES = 1 + len(_MOVES)
@@ -21,7 +21,7 @@ NUM_MOVES = 1 + len(_MOVES)
 _SCHEMA_ARGUMENTS = "Tensor like, str path, SymInt[] grid, bool in_step_order"
 
 
-def _codes(path: str, grid: tuple[int, ...], in_step_order: bool) -> np.ndarray:
+def move_codes(path: str, grid: tuple[int, ...], in_step_order: bool) -> np.ndarray:
     """Return the ``(L, K)`` codes of the moves of a path whose directions visit every token, step by step."""
     table = scan_path(path, grid)
     if len(grid) != 2 or table.num_steps != table.num_tokens:
@@ -39,7 +39,7 @@ def _codes(path: str, grid: tuple[int, ...], in_step_order: bool) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def _one_hot(path: str, grid: tuple[int, ...], in_step_order: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
-    codes = _codes(path, grid, in_step_order)
+    codes = move_codes(path, grid, in_step_order)
     return torch.from_numpy(np.eye(NUM_MOVES, dtype=np.float32)[codes]).to(device, dtype)
 
 

@@ -1,0 +1,38 @@
+"""``visionmamba export``: a checked file, and one clear line for what cannot be."""
+
+import json
+
+import pytest
+
+
+def test_exports_a_checkpoint_and_checks_it(run, checkpoint, tmp_path):
+    out = tmp_path / "deep" / "model.pt2"
+    options = ["--format", "pt2", "--checkpoint", checkpoint, "--size", "64x32", "--out", out, "--check"]
+    result = run("export", "test_vmamba", *options, "--json")
+    assert result.status == 0, result.err
+    answer = json.loads(result.out)
+    assert answer["input"] == [3, 64, 32]
+    assert answer["difference"] <= 1e-4
+    assert answer["bytes"] == out.stat().st_size
+    assert [path.name for path in out.parent.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["test_vmmba"], "did you mean test_vmamba"),
+        (["test_vmamba", "--format", "tf"], "--format: expected one of onnx, pt2, aoti, got 'tf'"),
+        (["test_vmamba", "--size", "64by32"], "--size: expected HxW such as 224x224, got '64by32'"),
+        (["test_vmamba", "--checkpoint", "missing.pth"], "--checkpoint: no such file: missing.pth"),
+        (["test_vmamba", "--out", "/proc/none/x.onnx"], "--out: cannot write"),
+        (["test_vmamba"], "its authors published no weights"),
+        (["test_vmamba", "--checkpoint", "x", "--random-weights"], "exclude each other"),
+    ],
+)
+def test_bad_input_is_one_line(run, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("export", *arguments)
+    assert result.status == 1
+    assert result.err.count("\n") == 1
+    assert message in result.err
+    assert not list(tmp_path.iterdir())
