@@ -1,37 +1,52 @@
-"""Every config: it builds with the published number of parameters, and its recipe takes a step on a micro backbone."""
+"""Every config: counts as published, a training step and a prediction of its recipe on a micro backbone."""
 
-import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 _REASON = 'needs OpenMMLab: pip install "visionmamba[openmmlab]"'
 for package in ("mmengine", "mmcv", "mmdet", "mmseg"):
     pytest.importorskip(package, reason=_REASON)
 
-from mmengine.config import Config  # noqa: E402
+import yaml  # noqa: E402
 from mmengine.model import revert_sync_batchnorm  # noqa: E402
 from mmengine.optim import build_optim_wrapper  # noqa: E402
 from mmengine.structures import PixelData  # noqa: E402
 from test_backbone import detection_batch, image  # noqa: E402
 
-ROOT = Path(__file__).parents[2] / "configs"
-CONFIGS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.rglob("*.py"))]
-DIMS = [24, 48, 64, 96]
+import visionmamba.openmmlab  # noqa: E402, F401
+from visionmamba.openmmlab.complexity import complexity  # noqa: E402
+from visionmamba.openmmlab.runner import build_model, load_config  # noqa: E402
+
+CHECKOUT = Path(__file__).parents[2]
+ROOT = CHECKOUT / "configs"
+CONFIGS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.rglob("*.py")) if "_base_" not in path.parts]
+FAST = (
+    "detection/vmamba/mask-rcnn_vmamba-t-s1l8_fpn_1x_coco.py",
+    "detection/plainmamba/retinanet_plainmamba-l1_adapter_fpn_1x_coco.py",
+    "detection/vim/cascade-mask-rcnn_vim-t_simple-fpn_8xb8-lsj-100e_coco.py",
+    "segmentation/local_mamba/local-vim-t_upernet_8xb2-160k_ade20k-512x512.py",
+)
+MICRO = {
+    "vim_": "test_vim", "vmamba": "test_vmamba", "vanilla": "test_vmamba", "local_vim": "test_local_vim",
+    "local_vssm": "test_local_vmamba", "efficient": "test_efficient_vmamba", "plainmamba": "test_plainmamba",
+    "mamba2d": "test_mamba2d",
+}  # fmt: skip
 
 
-def load(name):
-    """Return a config, its package's registry and its default scope set."""
-    config = Config.fromfile(ROOT / name)
-    if name.startswith("detection"):
-        from mmdet.registry import MODELS
-        from mmdet.utils import register_all_modules
-    else:
-        from mmseg.registry import MODELS
-        from mmseg.utils import register_all_modules
-    register_all_modules(init_default_scope=True)
-    return config, MODELS
+def each_config(fast):
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in CONFIGS]
+    )
+
+
+def metafiles():
+    """Return what the index's metafiles say of each config."""
+    index = yaml.safe_load((ROOT / "model-index.yml").read_text())
+    models = [model for name in index["Import"] for model in yaml.safe_load((ROOT / name).read_text())["Models"]]
+    return {model["Config"].removeprefix("configs/"): model for model in models}
 
 
 def segmentation_batch():
@@ -46,35 +61,103 @@ def segmentation_batch():
     return dict(inputs=[(image(3, 64, 64, seed=i) * 50 + 120).byte() for i in range(2)], data_samples=samples)
 
 
-def test_there_are_configs():
+def shrink(config):
+    """Put the family's micro model in the backbone's place, and let the detector take few regions."""
+    model, backbone = config.model, config.model.backbone
+    adapter = backbone.type == "VisionMambaAdapter"
+    backbone.model_name = next(micro for start, micro in MICRO.items() if backbone.model_name.startswith(start))
+    backbone.init_cfg = None
+    if backbone.model_name in ("test_vim", "test_local_vim"):
+        backbone.depth = 4
+    info = timm.create_model(backbone.model_name, **{k: backbone[k] for k in ("depth",) if k in backbone}).feature_info
+    dims = [level["num_chs"] for level in info]
+    dims = dims if len(set(dims)) > 1 else dims[:1] * 4
+    if len(backbone.get("out_indices", [])) == 1:
+        backbone.out_indices, dims = [len(info) - 1], dims[-1:]
+    if "img_size" in backbone:
+        backbone.img_size = 64
+    if adapter:
+        backbone.update(num_heads=4, patch_size=16)
+    neck = model.get("neck")
+    if neck and neck.type == "FPN":
+        neck.in_channels = dims
+    elif neck:
+        neck["in_channels" if "in_channels" in neck else "channels"] = dims[-1]
+    if "decode_head" in model:
+        model.decode_head.in_channels = dims
+        model.auxiliary_head.in_channels = dims[model.auxiliary_head.in_index]
+        model.data_preprocessor.size = (64, 64)
+        return
+    if "rpn_proposal" in model.train_cfg:
+        model.train_cfg.rpn_proposal.update(nms_pre=100, max_per_img=50)
+        model.test_cfg.rpn.update(nms_pre=100, max_per_img=50)
+        stages = model.train_cfg.rcnn if isinstance(model.train_cfg.rcnn, list) else [model.train_cfg.rcnn]
+        for stage in stages:
+            stage.sampler.num = 32
+
+
+def test_every_config_is_in_the_index_and_every_entry_has_a_config():
     assert {name.split("/")[0] for name in CONFIGS} == {"detection", "segmentation"}
+    models = metafiles()
+    assert sorted(models) == CONFIGS
+    for name, model in models.items():
+        assert model["Name"] == Path(name).stem
+        figures = [value for result in model.get("Results", []) for value in result["Metrics"].values()]
+        title = (ROOT / name).read_text().split('"""')[1]
+        assert all(str(value) in title for value in figures)
+        assert bool(figures) == ("not published" not in title)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_published_parameters(name):
-    config, models = load(name)
-    published = float(re.search(r"([\d.]+) M parameters", (ROOT / name).read_text())[1])
-    with torch.device("meta"):
-        model = models.build(config.model)
-    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(published, rel=0.01)
+@each_config(FAST)
+def test_counts(name):
+    """Within 1 % of the published parameters and operations, or the metafile says why not."""
+    model = metafiles()[name]
+    metadata = model["Metadata"]
+    width, height = map(int, metadata["Input Size"].split("x"))
+    counts = complexity(load_config(str(ROOT / name)), (height, width))
+    assert counts["parameters"] == metadata["Counted Parameters"]
+    assert counts["flops"] == pytest.approx(metadata["Counted FLOPs"], rel=1e-3)
+    for kind in ("Parameters", "FLOPs"):
+        published, counted = metadata.get(kind), metadata[f"Counted {kind}"]
+        if published and abs(counted / published - 1) > 0.01:
+            assert len(metadata["Note"]) > 40
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_training_step(name):
-    config, models = load(name)
-    config.model.backbone.update(model_name="test_vmamba", init_cfg=None)
-    if name.startswith("detection"):
-        config.model.neck.in_channels, batch = DIMS, detection_batch(with_objects=True)
-    else:
-        config.model.decode_head.in_channels, config.model.auxiliary_head.in_channels = DIMS, DIMS[2]
-        config.model.data_preprocessor.size, batch = (64, 64), segmentation_batch()
+@each_config(FAST)
+def test_training_step_and_prediction(name):
+    config = load_config(str(ROOT / name))
+    shrink(config)
+    detection = name.startswith("detection")
     torch.manual_seed(0)
-    model = revert_sync_batchnorm(models.build(config.model)).train()
+    model = revert_sync_batchnorm(build_model(config)).train()
     model.init_weights()
-    optimizer = build_optim_wrapper(model, config.optim_wrapper)
-    decay = {group["weight_decay"] for group in optimizer.param_groups}
-    assert decay == {0.0, config.optim_wrapper.optimizer.weight_decay}
-    before = model.backbone.model.patch_embed.conv1.weight.clone()
-    logs = model.train_step(batch, optimizer)
-    assert logs["loss"].isfinite()
-    assert not torch.equal(model.backbone.model.patch_embed.conv1.weight, before)
+    optimizer = build_optim_wrapper(model, {**config.optim_wrapper, "type": "OptimWrapper"})
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {
+        0.0,
+        config.optim_wrapper.optimizer.weight_decay,
+    }
+    parameter = next(p for name, p in model.backbone.named_parameters() if name.endswith("x_proj_weight"))
+    before = parameter.detach().clone()
+    batch = detection_batch(with_objects=True) if detection else segmentation_batch()
+    assert model.train_step(batch, optimizer)["loss"].isfinite()
+    assert not torch.equal(parameter, before)
+    batch = detection_batch(with_objects=True) if detection else segmentation_batch()
+    predictions = model.eval().test_step(batch)
+    assert len(predictions) == 2
+    for sample in predictions:
+        if detection:
+            boxes = sample.pred_instances.bboxes
+            assert ((boxes >= 0) & (boxes <= 96)).all()
+        else:
+            assert sample.pred_sem_seg.data.shape == (1, 64, 64)
+            assert sample.pred_sem_seg.data.max() < 150
+
+
+def test_config_by_the_name_of_an_installed_package():
+    for name, kind in (("mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py", "MaskRCNN"),
+                       ("mmseg::pspnet/pspnet_r50-d8_4xb4-20k_voc12aug-512x512.py", "EncoderDecoder")):  # fmt: skip
+        assert load_config(name, {"model.pretrained": None}).model.type == kind
+    with pytest.raises(FileNotFoundError, match=r"nothing/here\.py: no such config in the installed mmdet"):
+        load_config("mmdet::nothing/here.py")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.py: no such config"):
+        load_config("nowhere.py")

@@ -27,8 +27,12 @@ def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
     """
     package, separator, relative = name.partition("::")
     if separator:
-        name, _ = Config._get_cfg_path(name, "")
-        if not Path(name).is_file():
+        try:
+            name, _ = Config._get_cfg_path(name, "")
+            missing = not Path(name).is_file()
+        except FileNotFoundError:
+            missing = True
+        if missing:
             raise FileNotFoundError(f"{relative}: no such config in the installed {package}")
     elif not Path(name).is_file():
         raise FileNotFoundError(f"{name}: no such config; expected a path, or a name such as mmdet::swin/...py")
