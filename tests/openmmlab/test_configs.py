@@ -67,9 +67,9 @@ def shrink(config):
     adapter = backbone.type == "VisionMambaAdapter"
     backbone.model_name = next(micro for start, micro in MICRO.items() if backbone.model_name.startswith(start))
     backbone.init_cfg = None
-    if backbone.model_name in ("test_vim", "test_local_vim"):
-        backbone.depth = 4
-    info = timm.create_model(backbone.model_name, **{k: backbone[k] for k in ("depth",) if k in backbone}).feature_info
+    layers = {"test_vim": dict(depth=4), "test_local_vim": dict(depth=4, directions="h,v_flip,w2,w2_flip")}
+    backbone.update(layers.get(backbone.model_name, {}))
+    info = timm.create_model(backbone.model_name, **layers.get(backbone.model_name, {})).feature_info
     dims = [level["num_chs"] for level in info]
     dims = dims if len(set(dims)) > 1 else dims[:1] * 4
     if len(backbone.get("out_indices", [])) == 1:
