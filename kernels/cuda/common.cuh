@@ -61,6 +61,10 @@ __device__ __forceinline__ Raw<2> pack(const float* f, Raw<2>) { Raw<2> r; r.x =
 template <int V> __device__ __forceinline__ Raw<V> raw_zero();
 template <> __device__ __forceinline__ Raw<1> raw_zero<1>() { Raw<1> r; r.x = 0.f; return r; }
 template <> __device__ __forceinline__ Raw<2> raw_zero<2>() { Raw<2> r; r.x = 0.f; r.y = 0.f; return r; }
+template <> struct __align__(16) Raw<4> { float x, y, z, w; };
+template <> __device__ __forceinline__ Raw<4> raw_zero<4>() { Raw<4> r; r.x = r.y = r.z = r.w = 0.f; return r; }
+__device__ __forceinline__ void unpack(Raw<4> r, float* f) { f[0] = r.x; f[1] = r.y; f[2] = r.z; f[3] = r.w; }
+__device__ __forceinline__ Raw<4> pack(const float* f, Raw<4>) { Raw<4> r; r.x = f[0]; r.y = f[1]; r.z = f[2]; r.w = f[3]; return r; }
 #else
 template <> struct Raw<1> { uint16 x; };
 template <> struct __align__(4) Raw<2> { uint32 x; };
@@ -83,6 +87,10 @@ __device__ __forceinline__ Raw<2> pack(const float* f, Raw<2>) {
   return r;
 }
 template <int V> __device__ __forceinline__ Raw<V> raw_zero() { Raw<V> r; r.x = 0; return r; }
+template <> struct __align__(8) Raw<4> { Raw<2> low, high; };
+template <> __device__ __forceinline__ Raw<4> raw_zero<4>() { Raw<4> r; r.low = r.high = raw_zero<2>(); return r; }
+__device__ __forceinline__ void unpack(Raw<4> r, float* f) { unpack(r.low, f); unpack(r.high, f + 2); }
+__device__ __forceinline__ Raw<4> pack(const float* f, Raw<4>) { Raw<4> r; r.low = pack(f, Raw<2>()); r.high = pack(f + 2, Raw<2>()); return r; }
 #endif
 
 // The same for floats, whatever ACT is.
@@ -91,6 +99,25 @@ template <> struct RawFloat<1> { float x; };
 template <> struct __align__(8) RawFloat<2> { float x, y; };
 __device__ __forceinline__ void unpack(RawFloat<1> r, float* f) { f[0] = r.x; }
 __device__ __forceinline__ void unpack(RawFloat<2> r, float* f) { f[0] = r.x; f[1] = r.y; }
+template <> struct __align__(16) RawFloat<4> { float x, y, z, w; };
+__device__ __forceinline__ void unpack(RawFloat<4> r, float* f) { f[0] = r.x; f[1] = r.y; f[2] = r.z; f[3] = r.w; }
+
+// Minus infinity in every value.
+template <int V> __device__ __forceinline__ RawFloat<V> lowest(RawFloat<V> r) {
+  const float f = bits_to_float(0xff800000u);
+  if constexpr (V == 1) { r.x = f; } else if constexpr (V == 2) { r.x = r.y = f; } else { r.x = r.y = r.z = r.w = f; }
+  return r;
+}
+template <int V> __device__ __forceinline__ Raw<V> lowest(Raw<V> r) {
+#if ACT == 0
+  const float f = bits_to_float(0xff800000u);
+  if constexpr (V == 1) { r.x = f; } else if constexpr (V == 2) { r.x = r.y = f; } else { r.x = r.y = r.z = r.w = f; }
+#else
+  const uint32 bits = ACT == 1 ? 0xfc00fc00u : 0xff80ff80u;
+  if constexpr (V == 1) { r.x = (uint16)bits; } else if constexpr (V == 2) { r.x = bits; } else { r.low.x = r.high.x = bits; }
+#endif
+  return r;
+}
 
 // Step sizes come as activations, or in float32 (DELTA_FLOAT) where they were expanded from their low rank.
 #if defined(DELTA_FLOAT) && DELTA_FLOAT
@@ -146,8 +173,8 @@ template <int V> __device__ __forceinline__ void store_delta(delta_t* p, const f
 #endif
 }
 
-// log(1 + e) for e in [0, 1] as e times a polynomial (minimax in relative error, below 4e-7): lg2.approx, with its
-// absolute error, is not accurate for small e.
+// log(1 + e) for e in [0, 1] as e times a polynomial, minimax in relative error (float32 below 4e-7; 16-bit activations
+// below 1e-5, a fiftieth of their rounding): lg2.approx, with its absolute error, is not accurate for small e.
 __device__ __forceinline__ float log1p_unit(float e) {
 #if ACT == 0
   float p = 0.00523262408f;
@@ -160,14 +187,12 @@ __device__ __forceinline__ float log1p_unit(float e) {
   p = p * e - 0.499994931f;
   p = p * e + 0.99999997f;
 #else
-  float p = -0.00853909647f;
-  p = p * e + 0.0440892386f;
-  p = p * e - 0.107681171f;
-  p = p * e + 0.177452044f;
-  p = p * e - 0.244954498f;
-  p = p * e + 0.332754776f;
-  p = p * e - 0.499974053f;
-  p = p * e + 0.999999806f;
+  float p = -0.0238691457f;
+  p = p * e + 0.101222269f;
+  p = p * e - 0.210048676f;
+  p = p * e + 0.325206667f;
+  p = p * e - 0.499361366f;
+  p = p * e + 0.999991596f;
 #endif
   return p * e;
 }

@@ -30,7 +30,7 @@ def tile_macros(kind, tokens, dtype=BF16, vec=2, merge=True):
         multiprocessors, shared_bytes = 1, 232448
 
     plan = tile.plan(kind, 64, tokens, tokens, 96, vec, merge, Device)
-    return tile.macros(dtype, plan, vec, FLAGS, merge=merge, complete=True, gate=False)
+    return tile.macros(dtype, plan, FLAGS, merge=merge, complete=True, gate=False)
 
 
 def specialisations():
@@ -46,8 +46,10 @@ def specialisations():
     for dtype in ACT:
         for kind in ("forward", "backward"):
             for tokens in (49, 196, 784, 3136):
-                found.append(("tile_scan.cu", tile_macros(kind, tokens, dtype), kind, dtype == BF16 and tokens == 196))
-            found.append(("tile_scan.cu", tile_macros(kind, 49, dtype, vec=1, merge=False), kind, False))
+                found.append(
+                    (f"tile_{kind}.cu", tile_macros(kind, tokens, dtype), kind, dtype == BF16 and tokens == 196)
+                )
+            found.append((f"tile_{kind}.cu", tile_macros(kind, 49, dtype, vec=1, merge=False), kind, False))
         for width in (2, 3, 4):
             for sequences in (False, True):
                 macros = conv.macros(dtype, width, 2, silu=True, sequences=sequences)

@@ -11,6 +11,7 @@ from visionmamba.ops.scan_path import scan_path
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 scan = importlib.import_module("visionmamba.ops.selective_scan.cuda")
+tile = importlib.import_module("visionmamba.ops.selective_scan.cuda_tile")
 conv = importlib.import_module("visionmamba.ops.causal_conv1d.cuda")
 conv_torch = importlib.import_module("visionmamba.ops.causal_conv1d.pytorch")
 
@@ -19,6 +20,9 @@ SCANS = {
     "vim_in_chunks": dict(path="h,h_flip", grid=(70,), batch=1, channels=40, states=16, multiprocessors=64),
     "cross": dict(path="h,v,h_flip,v_flip", grid=(9, 8), channels=34, states=1),
     "cross_in_rounds": dict(path="h,v", grid=(20, 30), batch=1, channels=16, states=1, gate=False),
+    "cross_in_five_rounds": dict(path="h,v_flip", grid=(17, 18), batch=1, channels=20, states=1, cut=(16, 2, 8, 64)),
+    "cross_in_four_rounds": dict(path="h,v", grid=(7, 9), batch=1, channels=8, states=1, cut=(16, 4, 4, 32)),
+    "wide_tiles": dict(path="h,v", grid=(7, 7), batch=1, channels=36, states=1, cut=(32, 4, 8, 384)),
     "sub_grids": dict(path="sub_200,subT_201", grid=(7, 9), channels=16, states=1, gate=False),
     "windows": dict(path="w3,h", grid=(7, 5), channels=12, states=3, merge=False),
     "step_order": dict(path="snake_h,snake_v", grid=(6, 6), channels=33, states=5, step_order=True, own_input=True),
@@ -34,6 +38,9 @@ def relative(actual, exact):
 def test_scan(name, monkeypatch):
     case = dict(batch=2, merge=True, own_input=False, gate=True, step_order=False, rank=0, dtype=torch.float32)
     case |= dict(multiprocessors=1) | SCANS[name]
+    if "cut" in case:
+        cuts = [tile.Cut(*case["cut"])]
+        monkeypatch.setattr(tile, "CUTS", {"forward": cuts, "backward": cuts})
     emulated = EmulatedLauncher(case["multiprocessors"])
     monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: emulated)
     torch.manual_seed(0)

@@ -206,7 +206,7 @@ def _tile_plan(kind: str, call: Call, merge: bool) -> cuda_tile.TilePlan | None:
     if call.states != 1:
         return None
     sizes = (call.batch, call.num_tokens, call.num_steps, call.channels)
-    return cuda_tile.plan(kind, *sizes, call.vec, merge, call.launcher)
+    return cuda_tile.plan(kind, *sizes, call.widest, merge, call.launcher)
 
 
 def forward(

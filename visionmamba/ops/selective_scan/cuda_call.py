@@ -67,12 +67,17 @@ def padded_order(path: str, grid: tuple[int, ...], device: torch.device, steps: 
 
 
 def _vector(channels: int, states: int, channel_rows: list[Tensor | None], state_rows: list[Tensor]) -> int:
-    """Return 2 where every row of activations can be read two values at a time, else 1."""
-    rows = [x for x in channel_rows if x is not None] + (state_rows if states % 2 == 0 else [])
-    aligned = all(
-        x.data_ptr() % (2 * x.element_size()) == 0 and all(stride % 2 == 0 for stride in x.stride()[:-1]) for x in rows
-    )
-    return 2 if aligned and channels % 2 == 0 else 1
+    """Return how many values of every row of activations can be read at a time: 4, 2 or 1."""
+    rows = [x for x in channel_rows if x is not None]
+
+    def aligned(x: Tensor, width: int) -> bool:
+        return x.data_ptr() % (width * x.element_size()) == 0 and all(n % width == 0 for n in x.stride()[:-1])
+
+    for width in (4, 2):
+        read = rows + (state_rows if states % width == 0 else [])
+        if channels % width == 0 and all(aligned(x, width) for x in read):
+            return width
+    return 1
 
 
 def merge_directions(launcher: Launcher, partial: Tensor, dtype: torch.dtype, z: Tensor | None = None) -> Tensor:
@@ -148,7 +153,8 @@ class Call:
             "STEP_ORDER": int(in_step_order),
         }
         self.launcher = cuda_runtime.launcher(u.device)
-        self.vec = _vector(self.channels, self.states, [self.u, self.delta, *others], [self.B, self.C])
+        self.widest = _vector(self.channels, self.states, [self.u, self.delta, *others], [self.B, self.C])
+        self.vec = min(2, self.widest)
 
     @property
     def rows_read(self) -> bool:

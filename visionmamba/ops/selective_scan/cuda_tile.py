@@ -1,8 +1,8 @@
-"""The selective scan with one state a channel, all directions in one block: ``kernels/cuda/tile_scan.cu``."""
+"""The selective scan with one state a channel, all directions in one block: ``kernels/cuda/tile_*.cu``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,19 +12,35 @@ from .cuda_call import ACT, Call, padded_order, strides
 
 __all__ = ["TilePlan", "backward", "forward", "macros", "plan"]
 
-_FILE = "tile_scan.cu"
-_STEPS = {"forward": 8, "backward": 8}
-_WIDTHS = (16, 8)  # channels a block, best first
-_MAX_THREADS = 384
 _MAX_ROUNDS = 64
+_THREADS_AT_ONCE = 384  # a multiprocessor: leaves each 168 registers
+_SHARED_AT_ONCE = 228 * 1024
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A way to cut the work: what ``tile_scan.cuh`` calls TILE_CHANNELS, VEC, STEPS and, at most, THREADS."""
+
+    channels: int
+    vec: int
+    steps: int
+    threads: int
+
+
+CUTS = {
+    "forward": [Cut(16, 2, 8, 384), Cut(8, 2, 8, 384)],
+    "backward": [Cut(16, 2, 8, 384), Cut(8, 2, 8, 384)],
+}
+"""The ways to cut each pass, best first."""
 
 
 @dataclass(frozen=True)
 class TilePlan:
-    """How ``tile_scan.cu`` is cut for a shape.
+    """How the tile kernels are cut for a shape.
 
     Args:
         channels: Channels a block.
+        vec: Channels a thread.
         steps: Steps a thread and round.
         threads: Threads a block.
         rounds: Rounds that a direction takes.
@@ -33,11 +49,20 @@ class TilePlan:
     """
 
     channels: int
+    vec: int
     steps: int
     threads: int
     rounds: int
     blocks: int
     shared_bytes: int
+
+
+def _shared_words(kind: str, cut: Cut, threads: int, rounds: int) -> int:
+    """Return the floats of shared memory beside the tile: as the kernels lay it out."""
+    warps, projections = threads // 32, 2 * threads // (cut.channels // cut.vec) * cut.steps
+    if kind == "forward":
+        return (4 * warps + 2) * cut.channels + 2 * projections
+    return 3 * (rounds * warps + max(warps, threads // cut.channels)) * cut.channels + projections
 
 
 def plan(
@@ -51,41 +76,39 @@ def plan(
         num_tokens: L.
         num_steps: P.
         channels: D.
-        vec: Channels a thread.
+        vec: Most channels that can be read at a time.
         merge: Whether the directions' results are summed in shared memory.
         launcher: The device.
     """
-    steps = _STEPS[kind]
-    for width in _WIDTHS:
-        lanes = width // vec
-        blocks = batch * -(-channels // width)
-        rounds = -(-num_steps // (_MAX_THREADS // lanes * steps))
-        chunks = -(-num_steps // (rounds * steps))
-        threads = -(-chunks * lanes // 64) * 64
-        words = 4 * threads // 32 * width if kind == "forward" else 11 * threads // 32 * width + rounds * width
-        shared_bytes = 4 * (words + ((num_tokens + 1) * width if merge else 0))
-        if shared_bytes <= launcher.shared_bytes:
-            few = 2 * blocks < launcher.multiprocessors and num_steps > _MAX_THREADS
-            return (
-                None if few or rounds > _MAX_ROUNDS else TilePlan(width, steps, threads, rounds, blocks, shared_bytes)
-            )
+    for cut in CUTS[kind]:
+        cut = replace(cut, vec=min(cut.vec, vec))
+        lanes = cut.channels // cut.vec
+        blocks = batch * -(-channels // cut.channels)
+        rounds = -(-num_steps // (cut.threads // lanes * cut.steps))
+        chunks = -(-num_steps // (rounds * cut.steps))
+        threads = -(-chunks * lanes // 32) * 32
+        words = _shared_words(kind, cut, threads, rounds) + (num_tokens * cut.channels if merge else 0)
+        if 4 * words <= launcher.shared_bytes:
+            few = 2 * blocks < launcher.multiprocessors and num_steps > cut.threads
+            if few or rounds > _MAX_ROUNDS:
+                return None
+            return TilePlan(cut.channels, cut.vec, cut.steps, threads, rounds, blocks, 4 * words)
     return None
 
 
-def macros(
-    dtype: torch.dtype, tile: TilePlan, vec: int, flags: dict[str, int], *, merge, complete, gate
-) -> dict[str, int]:
+def macros(dtype: torch.dtype, tile: TilePlan, flags: dict[str, int], *, merge, complete, gate) -> dict[str, int]:
     """Return the macros of a specialisation of the kernel file."""
     return {
         "ACT": ACT[dtype],
         "TILE_CHANNELS": tile.channels,
-        "VEC": vec,
+        "VEC": tile.vec,
         "STEPS": tile.steps,
         "THREADS": tile.threads,
-        "MIN_BLOCKS": 1,
+        "MIN_BLOCKS": max(1, min(32, _THREADS_AT_ONCE // tile.threads, _SHARED_AT_ONCE // (tile.shared_bytes + 1024))),
         **flags,
         "MERGE": int(merge),
         "COMPLETE": int(complete),
+        "ONE_ROUND": int(tile.rounds == 1),
         "GATE": int(gate),
     }
 
@@ -93,17 +116,15 @@ def macros(
 def _run(call: Call, tile: TilePlan, name: str, merge: bool, gate: bool, activations, tensors) -> None:
     flat = [strides(x) for x in (call.u, call.delta, call.B, call.C, *activations)]
     u, delta, B, C, z, dy = map(pointer, (call.u, call.delta, call.B, call.C, *activations))
-    steps = tile.rounds * tile.threads * call.vec // tile.channels * tile.steps
+    steps = tile.rounds * tile.threads * tile.vec // tile.channels * tile.steps
     order = padded_order(call.path, call.grid, call.u.device, steps)
     parameters = map(pointer, (call.A, call.D, call.bias, order, *tensors))
     wide = (u, delta, B, C, z, dy, *parameters, *(stride[0] for stride in flat))
     sizes = (call.num_tokens, steps, call.channels, call.directions, -(-call.channels // tile.channels))
     narrow = (*(value for stride in flat for value in stride[1:]), *sizes, tile.rounds)
-    specialisation = macros(
-        call.u.dtype, tile, call.vec, call.flags, merge=merge, complete=call.visits.complete, gate=gate
-    )
+    specialisation = macros(call.u.dtype, tile, call.flags, merge=merge, complete=call.visits.complete, gate=gate)
     call.launcher.run(
-        _FILE, name, specialisation, tile.blocks, tile.threads, Arguments(wide, narrow), tile.shared_bytes
+        f"{name}.cu", name, specialisation, tile.blocks, tile.threads, Arguments(wide, narrow), tile.shared_bytes
     )
 
 
