@@ -56,6 +56,8 @@ def _build(file: str, macros: tuple) -> ctypes.CDLL:
 class EmulatedLauncher:
     """Same interface as :class:`visionmamba.ops.cuda_runtime.Launcher`."""
 
+    architecture = "sm_90"
+
     def __init__(self, multiprocessors: int = 1, shared_bytes: int = 232448):
         self.multiprocessors, self.shared_bytes = multiprocessors, shared_bytes
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, wraps
 from typing import Any
 
 __all__ = [
@@ -47,6 +48,9 @@ class Implementation:
         backward: The backward function, likewise.
         probe: Returns None if it can run on this machine, else the reason why not. Called once.
         supports: Takes the forward's arguments; returns None if it can take this call, else the reason why not.
+        failures: Exceptions of the forward or backward which say that it cannot run on this machine after all (a kernel
+            that does not compile or load). It is then left out from there on, with one warning, and the next backend
+            takes the call; unless this one was asked for by name.
     """
 
     op: str
@@ -56,10 +60,12 @@ class Implementation:
     backward: Callable[..., Any] | None = None
     probe: Callable[[], str | None] = field(default=_always)
     supports: Callable[..., str | None] = field(default=_always)
+    failures: tuple[type[Exception], ...] = ()
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _forced: list[str] = []
+_failed: dict[tuple[str, str], str] = {}
 
 
 def register_implementation(implementation: Implementation) -> None:
@@ -73,8 +79,43 @@ def register_implementation(implementation: Implementation) -> None:
     """
     if implementation.backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {implementation.backend!r}")
+    if implementation.failures:
+        implementation = _with_fallback(implementation)
     _implementations.setdefault(implementation.op, {})[implementation.backend] = implementation
+    _failed.pop((implementation.op, implementation.backend), None)
     _probe.cache_clear()
+
+
+def _with_fallback(implementation: Implementation) -> Implementation:
+    """Wrap the forward and the backward so that a failure hands the call to the next backend."""
+    op, name = implementation.op, implementation.backend
+
+    def guard(function: Callable[..., Any], which: str, cotangents: int) -> Callable[..., Any]:
+        @wraps(function)
+        def guarded(*arguments: Any) -> Any:
+            try:
+                return function(*arguments)
+            except implementation.failures as error:
+                if requested_backend() == name:
+                    raise
+                first_time = (op, name) not in _failed
+                _failed[op, name] = f"failed here: {error}"
+                forward_arguments = arguments[cotangents:]
+                device = next(x.device.type for x in forward_arguments if hasattr(x, "device"))
+                successor = select(op, device, *forward_arguments)
+                if first_time:
+                    message = (
+                        f"{op}: backend {name!r} failed and is left out; {successor.backend!r} runs instead: {error}"
+                    )
+                    warnings.warn(message, RuntimeWarning, stacklevel=2)
+                return getattr(successor, which)(*arguments)
+
+        return guarded
+
+    backward = implementation.backward
+    # Every backward takes the cotangents of two outputs before the forward's arguments.
+    guarded_backward = None if backward is None else guard(backward, "backward", 2)
+    return replace(implementation, forward=guard(implementation.forward, "forward", 0), backward=guarded_backward)
 
 
 @contextlib.contextmanager
@@ -121,6 +162,9 @@ def _objection(implementation: Implementation, device_type: str, arguments: tupl
     """Return why an implementation cannot take a call, or None."""
     if implementation.device_types and device_type not in implementation.device_types:
         return f"runs on {', '.join(implementation.device_types)}, not on {device_type}"
+    failed = _failed.get((implementation.op, implementation.backend))
+    if failed is not None and requested_backend() != implementation.backend:
+        return failed
     return _probe(implementation.op, implementation.backend) or (
         implementation.supports(*arguments) if arguments else None
     )

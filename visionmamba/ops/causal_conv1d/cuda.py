@@ -126,5 +126,14 @@ def _supports(x, weight, bias, seq_idx, initial_states, path, grid, silu) -> str
 
 
 register_implementation(
-    Implementation("causal_conv1d", "cuda", ("cuda",), forward, backward, probe=cuda_runtime.usable, supports=_supports)
+    Implementation(
+        "causal_conv1d",
+        "cuda",
+        ("cuda",),
+        forward,
+        backward,
+        cuda_runtime.usable,
+        _supports,
+        (cuda_runtime.KernelError,),
+    )
 )

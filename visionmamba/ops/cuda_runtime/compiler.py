@@ -15,14 +15,27 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CompileError", "available", "cache_directory", "compile_cubin", "compile_log", "nvrtc_version", "source"]
+__all__ = [
+    "CompileError",
+    "KernelError",
+    "available",
+    "cache_directory",
+    "compile_cubin",
+    "compile_log",
+    "nvrtc_version",
+    "source",
+]
 
 _INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
 _lock = threading.Lock()
 _cubins: dict[str, bytes] = {}
 
 
-class CompileError(RuntimeError):
+class KernelError(RuntimeError):
+    """A kernel cannot run on this machine: the operators then fall back to another backend."""
+
+
+class CompileError(KernelError):
     """A kernel could not be compiled."""
 
 

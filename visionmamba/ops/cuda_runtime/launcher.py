@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .compiler import available, compile_cubin
+from .compiler import KernelError, available, compile_cubin
 
 __all__ = ["Arguments", "Kernel", "Launcher", "launcher", "pointer", "usable"]
 
@@ -35,6 +35,10 @@ class Arguments(NamedTuple):
 @cache
 def _struct(wide: int, narrow: int) -> struct.Struct:
     return struct.Struct(f"={wide}q{narrow}i" + ("4x" if narrow % 2 else ""))
+
+
+_REFUSED = (1, 200, 209, 218, 701)
+"""CUresults of launches that the driver refuses (value, image, binary, PTX, resources): nothing ran."""
 
 
 class Kernel:
@@ -66,7 +70,8 @@ class Kernel:
             self._handle, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(parameters), 0
         )
         if int(status) != 0:
-            raise RuntimeError(f"kernel launch failed: {status!s} (blocks {blocks}, threads {threads})")
+            error = KernelError if int(status) in _REFUSED else RuntimeError
+            raise error(f"kernel launch failed: {status!s} (blocks {blocks}, threads {threads})")
 
 
 class Launcher:
@@ -74,6 +79,9 @@ class Launcher:
 
     Args:
         device: A CUDA device.
+
+    Raises:
+        KernelError: Its methods raise it where a kernel does not compile, load or start.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -152,7 +160,7 @@ class Launcher:
 
 def _check(status: Any, what: str) -> None:
     if int(status) != 0:
-        raise RuntimeError(f"{what} failed: {status!s}")
+        raise KernelError(f"{what} failed: {status!s}")
 
 
 def _primary_context(index: int) -> Any:

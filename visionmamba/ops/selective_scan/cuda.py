@@ -13,7 +13,7 @@ from ..cuda_runtime import Arguments, pointer
 from . import cuda_tile
 from .cuda_call import ACT, Call, rows, strides, visits
 
-__all__ = ["Tiling", "backward", "fit_vector", "forward", "macros"]
+__all__ = ["Tiling", "backward", "fit_vector", "forward", "macros", "tilings_for"]
 
 _FILE = "selective_scan.cu"
 _MAX_STATES = 64
@@ -77,6 +77,21 @@ def _padded(states: int) -> int:
     return 1 << (states - 1).bit_length()
 
 
+def tilings_for(kind: str, states: int, architecture: str) -> list[Tiling]:
+    """Return the tilings to choose from, best first.
+
+    Args:
+        kind: ``"forward"`` or ``"backward"``.
+        states: N.
+        architecture: e.g. ``"sm_90"``.
+    """
+    tilings = (_FORWARD_TILINGS if kind == "forward" else _BACKWARD_TILINGS)[_padded(states)]
+    if int(architecture.removeprefix("sm_").rstrip("a")) < 100:
+        return tilings
+    # Blackwell's compiler needs a few more registers than three blocks a multiprocessor leave: it would spill.
+    return [replace(tiling, min_blocks=min(2, tiling.min_blocks)) for tiling in tilings]
+
+
 def fit_vector(tiling: Tiling, states: int, vec: int) -> Tiling:
     """Narrow a warp's channels to what it can stage ``vec`` channels at a time."""
     cpt = tiling.cpt
@@ -124,8 +139,7 @@ class _Scan(Call):
 
     def __init__(self, kind: str, *arguments, others=()):
         super().__init__(*arguments, others=others)
-        table = _FORWARD_TILINGS if kind == "forward" else _BACKWARD_TILINGS
-        tilings = [self._fit(tiling) for tiling in table[_padded(self.states)]]
+        tilings = [self._fit(tiling) for tiling in tilings_for(kind, self.states, self.launcher.architecture)]
         wanted = _WARPS_WANTED * self.launcher.multiprocessors
         self.tiling = next((tiling for tiling in tilings if self._warps(tiling) >= wanted), tilings[0])
         self.tiles = self._tiles(self.tiling)
@@ -294,6 +308,13 @@ def _supports(
 
 register_implementation(
     Implementation(
-        "selective_scan", "cuda", ("cuda",), forward, backward, probe=cuda_runtime.usable, supports=_supports
+        "selective_scan",
+        "cuda",
+        ("cuda",),
+        forward,
+        backward,
+        cuda_runtime.usable,
+        _supports,
+        (cuda_runtime.KernelError,),
     )
 )
