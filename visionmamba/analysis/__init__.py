@@ -1,4 +1,4 @@
-"""What models cost: operation counts."""
+"""What models cost, and pictures of what they do."""
 
 from .flops import count_flops, flops_by_operator, register_flop_handlers
 

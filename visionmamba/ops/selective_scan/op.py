@@ -160,14 +160,15 @@ _traced = traceable_overload("selective_scan", _SCHEMA_ARGUMENTS)
 
 
 @register_flop_formula(torch.ops.visionmamba.selective_scan)
-def _flops(u, delta, A, *_args, out_shape=None, **_kwargs) -> int:
+def _flops(u, delta, A, *args, out_shape=None, **_kwargs) -> int:
     """Count for torch's FlopCounterMode: the scan by the field's convention, the dt projection as 2 ops a MAC."""
-    return flops.scan_flops(u, A) + 2 * flops.dt_projection_macs(u, delta, A)
+    steps = flops.steps_of(*args[7:9])  # path and grid
+    return flops.scan_flops(u, A, steps) + 2 * flops.dt_projection_macs(u, delta, A, steps)
 
 
 @register_flop_formula(torch.ops.visionmamba.selective_scan_backward)
-def _flops_backward(dy_shape, dlast_shape, u, delta, A, *_args, out_shape=None, **_kwargs) -> int:
-    return 2 * (flops.scan_flops(u, A) + 2 * flops.dt_projection_macs(u, delta, A))
+def _flops_backward(dy_shape, dlast_shape, *args, out_shape=None, **_kwargs) -> int:
+    return 2 * _flops(*args)
 
 
 def selective_scan(
