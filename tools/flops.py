@@ -2,8 +2,8 @@
 
 python tools/flops.py [--check]
 
-It writes benchmarks/flops.md and benchmarks/flops.csv; with --check it writes nothing and fails if they are out of date.
-For one model use `visionmamba flops`.
+It writes benchmarks/flops.md and benchmarks/flops.csv; with --check it writes nothing and fails if they are out of
+date. For one model use `visionmamba flops`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Written by `python tools/flops.py`; `visionmamba flops MODEL` counts one model a
 
 One input of the model's own size. **Ours** is by the convention of the field's tables: in units of 1e9, 1 for a
 multiply-accumulate of convolutions, linear layers and matrix products, 5 an element for layer norms and 2 for batch
-norms, and for each scan `9BLDN + BLD` (B images, L steps, D channels of all directions, N states). **Recurrence** counts
-the scan as it is written instead: `(7N + 3)BLD`; with N = 1 both are the same. **By their rule** is our model counted
-as the authors counted theirs, where that is another rule; every published figure is met by its own rule. **Differs** is
-ours less the published figure, relative to it. Activations are the elements, in millions, that convolutions, matrix
-products and scans put out.
+norms, and for each scan `9BLDN + BLD` (B images, L steps, D channels of all directions, N states). **Recurrence**
+counts the scan as it is written instead: `(7N + 3)BLD`; with N = 1 both are the same. **By their rule** is our model
+counted as the authors counted theirs, where that is another rule; every published figure is met by its own rule.
+**Differs** is ours less the published figure, relative to it. Activations are the elements, in millions, that
+convolutions, matrix products and scans put out.
 """
 COLUMNS = {
     "model": "Model",

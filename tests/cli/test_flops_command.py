@@ -53,11 +53,12 @@ def test_bad_input_is_one_sentence(run, arguments, message):
     assert len(result.err.strip().splitlines()) == 1
 
 
-class TestCommittedTable:
-    ROWS = list(csv.DictReader(TABLE.open(encoding="utf-8")))
+ROWS = list(csv.DictReader(TABLE.open(encoding="utf-8")))
 
+
+class TestCommittedTable:
     def test_it_has_every_model(self):
-        assert {row["model"] for row in self.ROWS} == set(PUBLISHED)
+        assert {row["model"] for row in ROWS} == set(PUBLISHED)
 
     @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["model"])
     def test_figures_are_equal_or_explained(self, row):
@@ -71,4 +72,4 @@ class TestCommittedTable:
         spec = importlib.util.spec_from_file_location("flops_tool", TABLE.parents[1] / "tools" / "flops.py")
         tool = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(tool)
-        assert tool.row(name) == next(row for row in self.ROWS if row["model"] == name)
+        assert tool.row(name) == next(row for row in ROWS if row["model"] == name)

@@ -1,4 +1,4 @@
-"""What a model costs: operations by both conventions, activations, parameters and memory, of the whole and by module."""
+"""What a model costs: operations by both conventions, activations, parameters and memory; the whole and by module."""
 
 from __future__ import annotations
 

@@ -12,11 +12,12 @@ from ._common import CommandError, JsonOption, console, one_line, print_json
 if TYPE_CHECKING:
     from visionmamba.analysis.cost import ModelCost
 
-_EXPLANATION = """\
-Operations of one input in units of 1e9, 1 a multiply-accumulate. Layers: all but the scan. Scan: as the field's tables \
-count it, 9BLDN + BLD, or as the recurrence is written, (7N + 3)BLD; with the expansion of the step sizes. Activations: \
-millions of elements that convolutions, matrix products and scans put out. Memory in MiB: the parameters, and what a \
-forward or a training step holds beside them at most."""
+_EXPLANATION = (
+    "Operations of one input in units of 1e9, 1 a multiply-accumulate. Layers: all but the scan. Scan: as the field's "
+    "tables count it, 9BLDN + BLD, or as the recurrence is written, (7N + 3)BLD; with the expansion of the step sizes. "
+    "Activations: millions of elements that convolutions, matrix products and scans put out. Memory in MiB: the "
+    "parameters, and what a forward or a training step holds beside them at most."
+)
 
 
 def _cost(name: str, size: tuple[int, int] | None) -> ModelCost:
