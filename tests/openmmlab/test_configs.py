@@ -22,7 +22,11 @@ from visionmamba.openmmlab.runner import build_model, load_config  # noqa: E402
 
 CHECKOUT = Path(__file__).parents[2]
 ROOT = CHECKOUT / "configs"
-CONFIGS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.rglob("*.py")) if "_base_" not in path.parts]
+CONFIGS = [
+    str(path.relative_to(ROOT))
+    for path in sorted(ROOT.rglob("*.py"))
+    if not {"_base_", "digit_scenes"} & set(path.parts)
+]
 FAST = (
     "detection/vmamba/mask-rcnn_vmamba-t-s1l8_fpn_1x_coco.py",
     "detection/plainmamba/retinanet_plainmamba-l1_adapter_fpn_1x_coco.py",

@@ -16,6 +16,7 @@ import importlib.util
 if importlib.util.find_spec("mmengine") is None:
     raise ImportError('OpenMMLab is not installed; pip install "visionmamba[openmmlab]"')
 
+from .checkpoints import allow_runner_checkpoints
 from .mmcv_ext import install
 
 
@@ -31,6 +32,7 @@ def find_mmseg_configs() -> None:
 
 
 find_mmseg_configs()
+allow_runner_checkpoints()
 install()  # before anything imports mmcv.ops
 
 from .adapter import VisionMambaAdapter  # noqa: E402
@@ -42,6 +44,7 @@ __all__ = [
     "VisionMambaAdapter",
     "VisionMambaBackbone",
     "VisionMambaFeaturePyramid",
+    "allow_runner_checkpoints",
     "find_mmseg_configs",
     "install",
 ]

@@ -1,0 +1,69 @@
+"""The digit scenes of ``tools/make_digit_scenes.py`` for segmentors, trained from scratch on one GPU."""
+
+data_root = "data/digit_scenes/"
+metainfo = dict(
+    classes=("background", *"0123456789"),
+    palette=[[0, 0, 0], *([23 * i % 256, 91 * i % 256, 157 * i % 256] for i in range(1, 11))],
+)
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="RandomResize", scale=(256, 256), ratio_range=(1.0, 1.25), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=(256, 256)),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
+train_dataloader = dict(
+    batch_size=16,
+    num_workers=8,
+    persistent_workers=True,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(
+        type="BaseSegDataset",
+        data_root=data_root,
+        metainfo=metainfo,
+        img_suffix=".png",
+        data_prefix=dict(img_path="train/images", seg_map_path="train/labels"),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=8,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type="BaseSegDataset",
+        data_root=data_root,
+        metainfo=metainfo,
+        img_suffix=".png",
+        data_prefix=dict(img_path="val/images", seg_map_path="val/labels"),
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+test_evaluator = val_evaluator
+
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=4000, val_interval=1000)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+default_hooks = dict(
+    timer=dict(type="IterTimerHook"),
+    logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
+    param_scheduler=dict(type="ParamSchedulerHook"),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1000),
+    sampler_seed=dict(type="DistSamplerSeedHook"),
+    visualization=dict(type="SegVisualizationHook"),
+)
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=4e-4, weight_decay=0.05),
+    paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),
+    clip_grad=dict(max_norm=5.0),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=200),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, begin=200, end=4000, by_epoch=False),
+]
+randomness = dict(seed=0)
