@@ -49,6 +49,34 @@ __device__ __forceinline__ act_t from_float(float x) {
 #endif
 }
 
+// The type of a decoding state (STATE, coded like ACT).
+#if defined(STATE) && STATE == 0
+typedef float state_t;
+#elif defined(STATE)
+typedef uint16 state_t;
+#endif
+#ifdef STATE
+__device__ __forceinline__ float load_state(state_t s) {
+#if STATE == 0
+  return s;
+#elif STATE == 1
+  return half_to_float(s);
+#else
+  return bits_to_float((uint32)s << 16);
+#endif
+}
+
+__device__ __forceinline__ state_t round_state(float f) {
+#if STATE == 0
+  return f;
+#elif STATE == 1
+  return float_to_half(f);
+#else
+  return (state_t)(pack_bf16(f, 0.f) & 0xffff);
+#endif
+}
+#endif
+
 // V neighbouring activations as one memory access, kept as loaded ("raw") until they are needed as floats.
 template <int V> struct Raw;
 #if ACT == 0

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from visionmamba.ops import _cuda_update as updates
 from visionmamba.ops import cuda_runtime
 from visionmamba.ops.causal_conv1d import cuda as conv
 from visionmamba.ops.selective_scan import cuda as scan
@@ -54,6 +55,11 @@ def specialisations(architecture="sm_90"):
             for sequences in (False, True):
                 macros = conv.macros(dtype, width, 2, silu=True, sequences=sequences)
                 found.append(("causal_conv1d.cu", macros, "", dtype == BF16 and width == 4))
+        for state in ACT:
+            macros = updates.state_update_macros(dtype, state, 16, 4, True)
+            found.append(("state_update.cu", macros, "", dtype == BF16 and state == torch.float32))
+            macros = updates.conv_update_macros(dtype, state, 4, True)
+            found.append(("conv_update.cu", macros, "", dtype == BF16 and state == BF16))
         found.append(("merge.cu", {"ACT": ACT[dtype]}, "", True))
     return found
 

@@ -13,6 +13,9 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 scan = importlib.import_module("visionmamba.ops.selective_scan.cuda")
 tile = importlib.import_module("visionmamba.ops.selective_scan.cuda_tile")
 conv = importlib.import_module("visionmamba.ops.causal_conv1d.cuda")
+conv_interface = importlib.import_module("visionmamba.ops.causal_conv1d.interface")
+cuda_update = importlib.import_module("visionmamba.ops._cuda_update")
+state_update = importlib.import_module("visionmamba.ops.state_update")
 conv_torch = importlib.import_module("visionmamba.ops.causal_conv1d.pytorch")
 
 SCANS = {
@@ -101,3 +104,40 @@ def test_causal_conv1d(path, grid, width, sequences, monkeypatch):
     found = (*found, *conv.backward(dout.float(), dfinal.float(), x, weight, bias, sequence, initial, *options))
     for actual, expected in zip(found, exact, strict=True):
         assert relative(actual, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("states", [16, 5, 128])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slots", [False, True])
+def test_state_update(states, state_dtype, slots, monkeypatch):
+    monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: EmulatedLauncher())
+    torch.manual_seed(0)
+    batch, heads, width, groups, dtype = 3, 4, 6, 2, torch.float32
+    state = torch.randn(5 if slots else batch, heads, width, states).to(state_dtype)
+    x, dt, z = (torch.randn(batch, heads, width).to(dtype) for _ in range(3))
+    B, C = torch.randn(batch, groups, 2 * states).chunk(2, dim=-1)
+    A = -torch.rand(heads, 1, 1).expand(heads, width, states)  # one decay a head, as in Mamba-2
+    D, bias = torch.randn(heads, width), torch.randn(heads, width)
+    indices = torch.tensor([3, -1, 0]) if slots else None
+    arguments = (x, dt, A, B, C, D, z, bias, True, indices)
+    expected_state = state.clone()
+    expected = state_update.forward(expected_state, *arguments)
+    found = cuda_update.state_update(state, *arguments)
+    assert relative(found, expected.double()) <= (1e-6 if state_dtype == torch.float32 else 1e-3)
+    assert relative(state, expected_state.double()) <= (1e-6 if state_dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7])
+@pytest.mark.parametrize("kind", ["plain", "circular", "slots", "circular_slots"])
+def test_conv_update(steps, kind, monkeypatch):
+    monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: EmulatedLauncher())
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 10, steps), torch.randn(10, 4), torch.randn(10)
+    seen = torch.tensor([0, 4, 9]) if "circular" in kind else None
+    indices = torch.tensor([4, -1, 1]) if "slots" in kind else None
+    state = torch.randn(5 if "slots" in kind else 3, 5, 10).transpose(1, 2)
+    expected_state = state.clone()
+    expected = conv_interface._update(x, expected_state, weight, bias, True, seen, indices)
+    found = cuda_update.conv_update(x, state, weight, bias, True, seen, indices)
+    assert relative(found, expected.double()) <= 1e-6
+    assert torch.equal(state, expected_state)

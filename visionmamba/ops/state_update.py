@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _triton
+from . import _cuda_update, _triton, cuda_runtime
 from ._checks import check_dtype, check_same_device, check_shape
 from .backend import Implementation, register_implementation, select
 
@@ -75,6 +75,18 @@ def _triton_supports(state, x, *_arguments) -> str | None:
 
 
 register_implementation(Implementation("selective_state_update", "torch", (), forward))
+register_implementation(
+    Implementation(
+        "selective_state_update",
+        "cuda",
+        ("cuda",),
+        _cuda_update.state_update,
+        None,
+        cuda_runtime.usable,
+        _cuda_update.state_update_supports,
+        (cuda_runtime.KernelError,),
+    )
+)
 register_implementation(
     Implementation(
         "selective_state_update",

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _cuda_update, cuda_runtime
 from .._checks import check_dtype, check_same_device, check_shape
+from ..backend import Implementation, register_implementation, select
 from .op import causal_conv1d
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"]
@@ -131,17 +133,55 @@ def causal_conv1d_update(
     silu = _is_silu(activation)
     _check_update(x, conv_state, weight, bias, cache_seqlens, conv_state_indices)
     steps = x.unsqueeze(-1) if x.dim() == 2 else x
+    arguments = (steps, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    out = (
+        _update(*arguments)
+        if needs_gradient or not x.is_cuda
+        else torch.ops.visionmamba.causal_conv1d_update(*arguments)
+    )
+    return out.squeeze(-1) if x.dim() == 2 else out
+
+
+def _update(steps, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices) -> Tensor:
+    """Compute the op ``visionmamba::causal_conv1d_update`` in plain PyTorch: ``steps`` is (B, D, L)."""
     slots = None if conv_state_indices is None else conv_state_indices.long().clamp(min=0)
     state = conv_state if slots is None else conv_state[slots]
     history, new_state = _advance(steps, state, weight.shape[1] - 1, cache_seqlens)
-    out = _convolve(history, weight, bias, silu).to(x.dtype)
+    out = _convolve(history, weight, bias, silu).to(steps.dtype)
     if slots is None:
         _write(conv_state, new_state)
     else:
         padding = conv_state_indices < 0
         out = out.masked_fill(padding[:, None, None], 0.0)
         _write_slots(conv_state, slots, padding, torch.where(padding[:, None, None], state, new_state))
-    return out.squeeze(-1) if x.dim() == 2 else out
+    return out
+
+
+register_implementation(Implementation("causal_conv1d_update", "torch", (), _update))
+register_implementation(
+    Implementation(
+        "causal_conv1d_update", "cuda", ("cuda",), _cuda_update.conv_update, None, cuda_runtime.usable,
+        _cuda_update.conv_update_supports, (cuda_runtime.KernelError,),
+    )
+)  # fmt: skip
+
+
+@torch.library.custom_op(
+    "visionmamba::causal_conv1d_update",
+    mutates_args=("conv_state",),
+    schema=(
+        "(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu, Tensor? cache_seqlens, "
+        "Tensor? conv_state_indices) -> Tensor"
+    ),
+)
+def _causal_conv1d_update(x, conv_state, *others):
+    return select("causal_conv1d_update", x.device.type, x, conv_state, *others).forward(x, conv_state, *others)
+
+
+@_causal_conv1d_update.register_fake
+def _(x, conv_state, *others):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _check_update(x, conv_state, weight, bias, cache_seqlens, conv_state_indices) -> None:
