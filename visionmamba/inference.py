@@ -13,13 +13,13 @@ import torch
 import torch.nn as nn
 from PIL import Image, ImageSequence
 
-__all__ = ["CFG_METADATA_KEY", "class_names", "create_classifier", "create_reader", "input_size"]
+__all__ = ["CFG_METADATA_KEY", "checkpoint_cfg", "class_names", "create_classifier", "create_reader", "input_size"]
 
 CFG_METADATA_KEY = "pretrained_cfg"
 """Entry of a safetensors file's metadata: JSON of the part of timm's pretrained cfg in which a checkpoint differs."""
 
 
-def _cfg_of_checkpoint(path: Path) -> dict[str, Any]:
+def checkpoint_cfg(path: Path) -> dict[str, Any]:
     """Return what a safetensors file's metadata says about its classes and input; empty for other files."""
     from safetensors import SafetensorError, safe_open
 
@@ -54,7 +54,7 @@ def create_classifier(
     overlay: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
     if checkpoint is not None:
-        overlay = {**_cfg_of_checkpoint(Path(checkpoint)), "file": os.fspath(checkpoint)}
+        overlay = {**checkpoint_cfg(Path(checkpoint)), "file": os.fspath(checkpoint)}
         if "input_size" in overlay:
             arguments["in_chans"] = overlay["input_size"][0]
     if num_classes is not None:

@@ -1,0 +1,101 @@
+"""A run that is killed and goes on ends with the weights, bit for bit, of one that never was."""
+
+import csv
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from digit_folder import write_digits
+from runs import TINY, finish, start, weights
+
+from visionmamba.training import Interrupted, TrainConfig, Trainer, engine
+from visionmamba.training.distributed import World
+
+EVERYTHING = dict(
+    TINY, ema_decay=0.9, mixup=0.8, cutmix=1.0, drop_path=0.2, repeats=2, accumulate=2, save_every=2, reprob=0.25,
+    auto_augment="rand-m5-mstd0.5", clip_grad=1.0, keep=2,
+)  # fmt: skip
+
+
+@pytest.fixture
+def digits(tmp_path):
+    return str(write_digits(tmp_path / "digits", 128, 61))
+
+
+def _same(folder, other):
+    mine, theirs = weights(folder), weights(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    rows = [list(csv.DictReader((path / "log.csv").open())) for path in (folder, other)]
+    for row in rows[0] + rows[1]:
+        row.pop("seconds")
+    assert rows[0] == rows[1]
+
+
+def _kill_and_go_on(digits, tmp_path, kills, **changes):
+    config = dict(EVERYTHING, data=digits, **changes)
+    began = time.perf_counter()
+    finish(start(dict(config, out=str(tmp_path / "whole"))))
+    duration = time.perf_counter() - began
+    chance = random.Random(time.time())
+    survived = 0
+    for _ in range(kills):
+        process = start(dict(config, out=str(tmp_path / "killed")))
+        process.join(chance.uniform(0.15, 0.5) * duration)
+        survived += process.exitcode is None
+        process.kill()
+        process.join()
+    finish(start(dict(config, out=str(tmp_path / "killed"))))
+    assert survived  # at least one kill met a living run
+    _same(tmp_path / "killed", tmp_path / "whole")
+    assert len(list((tmp_path / "killed").glob("checkpoint-*.pt"))) == 2
+
+
+def test_killed_twice(digits, tmp_path):
+    _kill_and_go_on(digits, tmp_path, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_ten_times(digits, tmp_path, workers):
+    _kill_and_go_on(digits, tmp_path, 10, epochs=12, workers=workers)
+
+
+def _run(config):
+    trainer = Trainer(TrainConfig(**config), World(0, 1, torch.device("cpu")))
+    return trainer, trainer.run
+
+
+def test_sigterm_saves_in_the_middle_of_an_epoch(digits, tmp_path, monkeypatch):
+    config = dict(EVERYTHING, data=digits, save_every=0, epochs=2)
+    _run(dict(config, out=str(tmp_path / "whole")))[1]()
+    take_step = engine.Trainer._take_step
+
+    def terminated(trainer, *arguments):
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(trainer, *arguments)
+
+    monkeypatch.setattr(engine.Trainer, "_take_step", terminated)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM after step 4; saved .*checkpoint-4\.pt"):
+        _run(dict(config, out=str(tmp_path / "stopped")))[1]()
+    assert signal.getsignal(signal.SIGTERM) == handler
+    monkeypatch.undo()
+    _run(dict(config, out=str(tmp_path / "stopped")))[1]()
+    _same(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_an_unreadable_checkpoint_is_passed_over(digits, tmp_path):
+    config = dict(TINY, data=digits, out=str(tmp_path), epochs=1, save_every=3)
+    _run(config)[1]()
+    newest = tmp_path / "checkpoint-8.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (tmp_path / ".checkpoint-9.pt.1.tmp").write_bytes(b"killed while writing")
+    trainer, _ = _run(config)
+    assert trainer.resume()
+    assert trainer.step == 6
+    assert not list(tmp_path.glob(".*.tmp"))

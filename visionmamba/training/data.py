@@ -1,0 +1,283 @@
+"""Images for training and evaluation: timm's datasets and transforms, in an order that any step can begin from.
+
+An image's augmentation is drawn from (seed, epoch, place in the epoch), so it is the same whichever process or worker
+reads it, and whether or not the run was interrupted before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageSequence
+from timm.data import create_dataset, create_transform
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .config import TrainConfig
+from .distributed import World
+
+__all__ = ["DataError", "Source", "open_source", "seed_everything"]
+
+_PADDING = -1  # label of an image that only fills up a batch
+_FILLING = 1 << 40  # its place
+_MAX_UNREADABLE = 50
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class DataError(RuntimeError):
+    """Images or labels that cannot be used; one sentence."""
+
+
+def seed_everything(*place: int) -> None:
+    """Seed Python, NumPy and PyTorch for a place in the run, given by non-negative numbers."""
+    state = np.random.SeedSequence(place).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]))
+    torch.manual_seed(int(state[2]))
+
+
+class _Reader:
+    """Turns an image, or an animated one, into a model's input.
+
+    Args:
+        transform: PIL image to tensor.
+        mode: Pillow's mode for the model's channels.
+        frames: Frames of a clip, sampled evenly from an animated image; None for a picture.
+    """
+
+    def __init__(self, transform: Callable[[Image.Image], torch.Tensor], mode: str, frames: int | None) -> None:
+        self.transform, self.mode, self.frames = transform, mode, frames
+
+    def decode(self, image: Image.Image) -> list[Image.Image]:
+        """Return the decoded picture, or all pictures of an animated image."""
+        shots = [image] if self.frames is None else ImageSequence.Iterator(image)
+        return [shot.convert(self.mode) for shot in shots]
+
+    def __call__(self, shots: list[Image.Image], place: tuple[int, ...]) -> torch.Tensor:
+        """Return ``(C, H, W)`` or ``(C, T, H, W)``, augmented as the place in the run says; all frames alike."""
+        clip = []
+        for position in torch.linspace(0, len(shots) - 1, self.frames or 1).round().long().tolist():
+            seed_everything(*place)
+            clip.append(self.transform(shots[position]))
+        return clip[0] if self.frames is None else torch.stack(clip, dim=1)
+
+
+class _MapSource(Dataset):
+    """A dataset that is asked for (place in the epoch, image) instead of an image alone."""
+
+    def __init__(self, dataset: Any, read: _Reader, seed: int, epoch: int, unreadable: str) -> None:
+        self.dataset, self.read = dataset, read
+        self.seed, self.epoch, self.unreadable = seed, epoch, unreadable
+
+    def _open(self, index: int) -> tuple[list[Image.Image], int]:
+        reader = getattr(self.dataset, "reader", None)
+        if reader is None:  # torchvision's
+            image, target = self.dataset[index]
+            return self.read.decode(image), target
+        file, target, *_ = reader[index]
+        with file, Image.open(file) as image:
+            return self.read.decode(image), target
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        place, index = item
+        for _ in range(_MAX_UNREADABLE):
+            try:
+                shots, target = self._open(index)
+                tensor = self.read(shots, (self.seed, self.epoch, place))
+                return tensor, _PADDING if place == _FILLING else int(target)
+            except _UNREADABLE as error:
+                name = _filename(self.dataset, index)
+                if self.unreadable == "error":
+                    reason = " ".join(str(error).split())
+                    raise DataError(f"{name} cannot be read as an image ({reason}); unreadable=skip goes on") from None
+                warnings.warn(f"skipped {name}, which cannot be read as an image", stacklevel=1)
+                index = (index + 1) % len(self.dataset)
+        raise DataError(f"{_MAX_UNREADABLE} images in a row cannot be read, the last one {name}")
+
+
+def _filename(dataset: Any, index: int) -> str:
+    try:
+        return dataset.filename(index, absolute=True)
+    except Exception:
+        return f"image {index}"
+
+
+class _StreamSource(IterableDataset):
+    """A streamed dataset whose augmentation is seeded by worker and place."""
+
+    def __init__(self, dataset: Any, read: _Reader, seed: int, epoch: int) -> None:
+        self.dataset, self.read, self.seed, self.epoch = dataset, read, seed, epoch
+        dataset.transform = None
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        worker = torch.utils.data.get_worker_info()
+        number = 0 if worker is None else worker.id
+        for place, (image, target) in enumerate(self.dataset):
+            yield self.read(self.read.decode(image), (self.seed, self.epoch, number, place)), int(target)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images of one split, and how they are read.
+
+    Args:
+        config: The recipe.
+        world: The processes.
+        split: The split's name.
+        training: Shuffle and augment.
+        batch_size: Images a batch, over all processes.
+        make: Makes the dataset for an epoch.
+        read: Turns an image into a model's input.
+        length: Number of images.
+        classes: Index of each class by name, where the dataset says.
+        streamed: Whether it cannot be asked for the image of an index.
+    """
+
+    config: TrainConfig
+    world: World
+    split: str
+    training: bool
+    batch_size: int
+    make: Callable[[int], Any]
+    read: _Reader
+    length: int
+    classes: dict[str, int]
+    streamed: bool
+
+    @property
+    def batches(self) -> int:
+        """Batches an epoch; the last one is left out of training if it is not whole."""
+        return self.length // self.batch_size if self.training else -(-self.length // self.batch_size)
+
+    def order(self, epoch: int) -> torch.Tensor:
+        """Return the images of an epoch in the order of its places, int64."""
+        if not self.training:
+            return torch.arange(self.length)
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence((self.config.seed, epoch)).generate_state(1)[0])
+        )
+        order = torch.randperm(self.length, generator=generator)
+        return order.repeat_interleave(self.config.repeats)[: self.length]
+
+    def _places(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
+        """Yield this process's (place, image) pairs of each batch; views of an image go to different processes."""
+        order, share = self.order(epoch).tolist(), self.batch_size // self.world.size
+        for batch in range(start, self.batches):
+            places = range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.length))[self.world.rank :]
+            pairs = [(place, order[place]) for place in places[:: self.world.size]]
+            yield pairs + [(_FILLING, order[0])] * (share - len(pairs))  # every process takes part in every batch
+
+    def loader(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield this process's part of an epoch's batches.
+
+        Args:
+            epoch: The epoch; it decides the order and the augmentation.
+            start: Batch to begin with.
+
+        Yields:
+            Inputs and labels; the label is -1 for images that only fill up a batch.
+
+        Raises:
+            DataError: An image cannot be read.
+        """
+        config, share = self.config, self.batch_size // self.world.size
+        generator = torch.Generator().manual_seed(config.seed + epoch)
+        common = dict(num_workers=config.workers, generator=generator, pin_memory=self.world.device.type == "cuda")
+        if not self.streamed:
+            source = _MapSource(self.make(epoch), self.read, config.seed, epoch, config.unreadable)
+            batches = list(self._places(epoch, start))
+            loader, skipped = DataLoader(source, batch_sampler=batches, **common), 0
+        else:
+            dataset = self.make(epoch)
+            dataset.set_epoch(epoch)
+            dataset.set_loader_cfg(num_workers=config.workers)
+            source = _StreamSource(dataset, self.read, config.seed, epoch)
+            loader, skipped = DataLoader(source, batch_size=share, drop_last=self.training, **common), start
+        try:
+            number = -1
+            for number, batch in enumerate(itertools.islice(loader, self.batches - start + skipped)):
+                if number >= skipped:
+                    yield batch
+            if number + 1 != self.batches - start + skipped:
+                raise DataError(
+                    f"data: the split {self.split!r} gave {number + 1} batches, expected {self.batches} of "
+                    f"{self.batch_size} images; num_train_samples and num_val_samples say how many images there are"
+                )
+        except DataError as error:
+            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+
+
+def _transform(config: TrainConfig, data_config: dict[str, Any], training: bool) -> Callable:
+    if not training:
+        return create_transform(**data_config, is_training=False)
+    return create_transform(
+        input_size=data_config["input_size"],
+        is_training=True,
+        scale=config.scale,
+        ratio=config.ratio,
+        hflip=config.hflip,
+        color_jitter=config.color_jitter,
+        auto_augment=config.auto_augment,
+        interpolation=config.train_interpolation,
+        mean=data_config["mean"],
+        std=data_config["std"],
+        re_prob=config.reprob,
+        re_mode=config.remode,
+    )
+
+
+def open_source(
+    config: TrainConfig, world: World, data_config: dict[str, Any], frames: int | None, training: bool, batch_size: int
+) -> Source:
+    """Open a split of the recipe's dataset.
+
+    Args:
+        config: The recipe.
+        world: The processes.
+        data_config: As ``timm.data.resolve_data_config`` gives it.
+        frames: Frames of the model's clips; None for images.
+        training: The training split, shuffled and augmented; else the evaluation split.
+        batch_size: Images a batch, over all processes.
+
+    Returns:
+        The source.
+
+    Raises:
+        DataError: There are no such images, or too few.
+    """
+    split = config.train_split if training else config.val_split
+    mode = "L" if data_config["input_size"][0] == 1 else "RGB"
+    samples = config.num_train_samples if training else config.num_val_samples
+
+    def make(epoch: int) -> Any:
+        kwargs = {} if config.dataset.startswith("torch/") else {"input_img_mode": mode}
+        try:
+            return create_dataset(
+                config.dataset,
+                root=config.data or None,
+                split=split,
+                is_training=training,
+                batch_size=batch_size // world.size,
+                seed=config.seed + epoch,
+                num_samples=samples,
+                **kwargs,
+            )
+        except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
+            reason = " ".join(str(error).split()) or "no such folder"
+            raise DataError(f"data: no images of the split {split!r} in {config.data!r} ({reason})") from error
+
+    dataset = make(0)
+    reader = getattr(dataset, "reader", None)
+    read = _Reader(_transform(config, data_config, training), mode, frames)
+    classes = dict(getattr(reader, "class_to_idx", None) or {})
+    streamed = isinstance(dataset, IterableDataset)
+    source = Source(config, world, split, training, batch_size, make, read, len(dataset), classes, streamed)
+    if training and not source.batches:
+        raise DataError(f"batch_size: {batch_size} images a step, but the split {split!r} has only {len(dataset)}")
+    return source
