@@ -1,6 +1,7 @@
 """What all tests share: what is skipped where, and one thread for each parallel worker."""
 
 import os
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch and numba start their threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,3 +24,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _compiler_without_memory():
+    """Let torch.compile forget other tests' models: all share one ``forward``, which it compiles only a few times."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -223,7 +223,7 @@ class Golden:
         model: nn.Module,
         official_state_dict: Callable[[Mapping[str, torch.Tensor], nn.Module], Mapping[str, torch.Tensor]],
     ) -> None:
-        """Assert that gradient norms are the golden's, by official parameter; arguments as for :meth:`gradient_norms`."""
+        """Assert that gradient norms are the golden's, by official parameter; see :meth:`gradient_norms`."""
         norms = self.gradient_norms(model, official_state_dict)
         wrong = []
         for key, norm, expected in zip(self.gradient_keys, norms, self.arrays["grad_norms"], strict=True):

@@ -3,24 +3,25 @@
 Maps are channels-last, ``(B, H, W, C)``, from the patch embedding to the pooling; a stage takes and returns such a map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.layers import ClassifierHead, get_device_dtype, trunc_normal_
+from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates, get_device_dtype, trunc_normal_
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
+from timm.models.swin_transformer import PatchMerging
 
-__all__ = ["HierarchicalModel", "Stage", "stage_dims"]
+from ._base import VisionModel
+
+__all__ = ["DisjointPatchEmbed", "HierarchicalModel", "LayerNorm", "Stage"]
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-5)
-_WITHOUT_DECAY = ("pos_embed", "A_log", "D", "dt_proj_bias")
 
 
-def stage_dims(dims: int | Sequence[int], depths: Sequence[int]) -> list[int]:
+def _stage_dims(dims: int | Sequence[int], depths: Sequence[int]) -> list[int]:
     """Return the channels of each stage.
 
     Args:
@@ -61,43 +62,77 @@ class Stage(nn.Module):
         return self.forward_blocks(self.downsample(x))
 
 
-class HierarchicalModel(nn.Module):
-    """A classifier and backbone of stages.
+class DisjointPatchEmbed(PatchEmbed):
+    """One convolution of disjoint patches, from images of any size to ``(B, H, W, C)``.
 
     Args:
-        patch_embed: Images to ``(B, H, W, C)``.
-        stages: The stages; each halves the map, but for the first.
-        dims: Channels of each stage.
+        patch_size: Side of a patch.
+        in_chans: Channels of the image.
+        dim: Channels of the map.
+        **kwargs: Further arguments of timm's ``PatchEmbed``.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int, **kwargs: Any) -> None:
+        super().__init__(None, patch_size, in_chans, dim, output_fmt="NHWC", strict_img_size=False, **kwargs)
+
+
+class HierarchicalModel(VisionModel):
+    """Stages of blocks over maps that halve, and a linear classifier of the pooled last map.
+
+    Args:
+        create_block: ``(stage, channels, drop_path) -> block``, called from the first block to the last.
+        depths: Blocks of each stage.
+        dims: Channels of each stage, or of the first (they double then).
+        stage_layer: ``(stage) -> class`` of the stage; :class:`Stage` for all by default.
+        patch_embed: ``(patch_size, in_chans, channels, norm_layer, **dd)`` to the embedding of images as
+            ``(B, H, W, C)``; one convolution of disjoint patches by default.
+        downsample: ``(channels, next channels, norm_layer, **dd)`` to what halves the map before each further stage.
         patch_size: Stride of the patch embedding.
         in_chans: Channels of the image.
         num_classes: Classes; 0 for no classifier.
         global_pool: Pooling before the classifier, as in timm.
         drop_rate: Dropout before the classifier.
-        norm_layer: Norm over channels, after the last stage.
+        drop_path_rate: Stochastic depth, growing linearly over the blocks.
+        norm_layer: Norm over channels, of the embeddings and after the last stage.
+        patch_norm: Whether the patch embedding has norms.
         device: Where to create the parameters.
         dtype: Their dtype.
     """
 
+    trunk = "stages"
+
     def __init__(
         self,
-        patch_embed: nn.Module,
-        stages: Sequence[nn.Module],
-        dims: Sequence[int],
+        create_block: Callable[[int, int, float], nn.Module],
+        depths: Sequence[int],
+        dims: int | Sequence[int],
+        stage_layer: Callable[[int], type[Stage]] = lambda stage: Stage,
+        patch_embed: Callable[..., nn.Module] = DisjointPatchEmbed,
+        downsample: Callable[..., nn.Module] = PatchMerging,
         patch_size: int = 4,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         norm_layer=LayerNorm,
+        patch_norm: bool = True,
         device=None,
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        dims = _stage_dims(dims, depths)
+        stages = []
+        for i, rates in enumerate(calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)):
+            down = downsample(dims[i - 1], dims[i], norm_layer=norm_layer, **dd) if i else nn.Identity()
+            stages.append(stage_layer(i)(down, [create_block(i, dims[i], rate) for rate in rates]))
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.output_fmt, self.patch_size = "NHWC", patch_size
         self.num_features = self.head_hidden_size = dims[-1]
-        self.patch_embed = patch_embed
+        self.patch_embed = patch_embed(
+            patch_size, in_chans, dims[0], norm_layer=norm_layer if patch_norm else None, **dd
+        )
         self.stages = nn.Sequential(*stages)
         self.feature_info = [
             dict(num_chs=dim, reduction=patch_size * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)
@@ -114,24 +149,19 @@ class HierarchicalModel(nn.Module):
         Args:
             needs_reset: Also reset what initialises itself when it is constructed (after a model was made on ``meta``).
         """
+        if needs_reset:
+            self.reset_modules()
         for module in self.modules():
-            if needs_reset and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Return the parameters that describe dynamics, not filters."""
-        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in _WITHOUT_DECAY}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters for layer-wise learning rates."""
         return dict(
-            stem=r"^patch_embed|^pos_embed",
+            stem=r"^pos_embed|^patch_embed",
             blocks=r"^stages\.(\d+)"
             if coarse
             else [(r"^stages\.(\d+).downsample", (0,)), (r"^stages\.(\d+)\.\w+\.(\d+)", None), (r"^norm", (99999,))],
@@ -174,81 +204,30 @@ class HierarchicalModel(nn.Module):
         """Embed images ``(B, in_chans, height, width)`` as ``(B, H, W, C)``."""
         return self.patch_embed(x)
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the stages' outputs, as timm does.
+    def num_levels(self) -> int:
+        """Return the number of stages."""
+        return len(self.stages)
 
-        Args:
-            x: Images.
-            indices: Last n stages if an int, these stages if a list, all if absent.
-            norm: Apply the final norm to the last stage's output.
-            stop_early: Do not compute stages after the last one asked for.
-            output_fmt: ``"NCHW"`` or ``"NHWC"``.
-            intermediates_only: Return the list alone.
-
-        Returns:
-            The list of features, or the final features ``(B, H, W, C)`` and the list.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt: expected NCHW or NHWC, got {output_fmt}")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        last = len(self.stages) - 1
-        if torch.jit.is_scripting() or not stop_early:
+    def forward_trunk(
+        self, x: torch.Tensor, take: list[int], levels: int, norm: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """Run the stem and the first stages; see :meth:`VisionModel.forward_trunk`."""
+        if torch.jit.is_scripting() or levels == len(self.stages):
             stages = self.stages
         else:
-            stages = self.stages[: max_index + 1]
+            stages = self.stages[:levels]
         x = self.forward_stem(x)
-        intermediates, i = [], 0
+        features: list[torch.Tensor] = []
         for i, stage in enumerate(stages):
             x = stage(x)
-            if i in take_indices:
-                feature = self.norm(x) if norm and i == last else x
-                intermediates.append(feature.permute(0, 3, 1, 2) if output_fmt == "NCHW" else feature)
-        if intermediates_only:
-            return intermediates
-        if i == last:
-            x = self.norm(x)
-        return x, intermediates
+            if i in take:
+                features.append(self.finish(x, i + 1) if norm else x)
+        return x, features, []
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the wanted intermediates do not need.
-
-        Args:
-            indices: As for :meth:`forward_intermediates`.
-            prune_norm: Remove the final norm.
-            prune_head: Remove the classifier.
-
-        Returns:
-            The indices of the stages that are taken.
-        """
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        shortened = max_index < len(self.stages) - 1
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        self.stages = self.stages[: max_index + 1]
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the normalised last feature map, ``(B, H, W, C)``."""
-        return self.norm(self.stages(self.forward_stem(x)))
+    def finish(self, x: torch.Tensor, levels: int) -> torch.Tensor:
+        """Apply the final norm to the last stage's output; it fits no other."""
+        return self.norm(x) if levels == len(self.stages) else x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool and classify ``(B, H, W, C)``."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Classify images ``(B, in_chans, height, width)``."""
-        return self.forward_head(self.forward_features(x))

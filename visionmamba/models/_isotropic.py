@@ -1,24 +1,21 @@
-"""What the isotropic families share: patches, a position embedding, blocks over one grid, a pooled linear head.
-
-Tokens are channels-last maps in raster order, ``(B, *grid, C)`` with a grid of any rank, from the patch embedding to
-the pooling; a block takes and returns such a map.
-"""
+"""What the isotropic families share: patches, a position embedding, blocks of one width, a pooled linear head."""
 
 # no "from __future__ import annotations": FX copies forward's annotations into the code that TorchScript then reads
+
+from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.layers import get_device_dtype, global_pool_nlc, register_notrace_function, trunc_normal_
-from timm.models import checkpoint, checkpoint_seq
-from timm.models._features import feature_take_indices
+from timm.models import checkpoint
 from timm.models._input import update_model_input_size
 
 from ..layers.grid_embed import resize_grid_embed
+from ._base import VisionModel, check_choice
 
-__all__ = ["IsotropicModel", "check_input"]
+__all__ = ["GridModel", "IsotropicModel", "check_input"]
 
-_POOLS = ("", "avg", "avgmax", "max")
-_WITHOUT_DECAY = ("pos_embed", "A_log", "D", "direction_B", "dt_proj_bias", "conv_bias")
+torch.fx.wrap("resize_grid_embed")  # FX looks for leaf functions where forward is defined, and that is the base's
 
 
 @torch.fx.wrap
@@ -42,40 +39,42 @@ def check_input(x: torch.Tensor, layout: str, minimum: list[int]) -> torch.Tenso
     return x
 
 
-class IsotropicModel(nn.Module):
-    """A classifier and backbone of blocks over one grid of tokens.
+class IsotropicModel(VisionModel):
+    """Blocks of one width over tokens, and a linear classifier of the pooled tokens.
 
     Args:
-        patch_embed: ``(B, in_chans, ...)`` to ``(B, *grid, C)``; has ``grid_size(input_size) -> grid``.
-        blocks: Map ``(B, *grid, C)`` to the same, one may shrink the grid.
+        patch_embed: Input to patch tokens.
+        blocks: The blocks, in a container.
         reductions: Stride of the tokens after each block, in pixels.
-        input_size: Nominal size of the input, (height, width) or (frames, height, width).
         embed_dim: Channels of the tokens, C.
         num_classes: Classes; 0 for no classifier.
         in_chans: Channels of the input.
-        global_pool: ``avg``, ``max``, ``avgmax`` or empty for none.
+        global_pool: One of ``pools``.
         norm: Applied to the tokens after the last block.
         fc_norm: Applied after the pooling.
+        pos_embed_shape: Shape of the position embedding; None for none.
+        num_class_tokens: Class tokens.
         drop_rate: Dropout before the classifier.
         pos_drop_rate: Dropout after the position embedding.
         device: Where to create the parameters.
         dtype: Their dtype.
     """
 
-    feature_dim = -1  # of forward_features' output
+    pools = ("", "avg", "avgmax", "max")
 
     def __init__(
         self,
         patch_embed: nn.Module,
-        blocks: list[nn.Module],
+        blocks: nn.ModuleList | nn.Sequential,
         reductions: list[int],
-        input_size: tuple[int, ...],
         embed_dim: int,
         num_classes: int,
         in_chans: int,
         global_pool: str,
         norm: nn.Module,
         fc_norm: nn.Module,
+        pos_embed_shape: tuple[int, ...] | None,
+        num_class_tokens: int = 0,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         device=None,
@@ -85,14 +84,15 @@ class IsotropicModel(nn.Module):
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.global_pool = _check_pool(global_pool)
+        self.num_class_tokens = num_class_tokens
+        self.global_pool = self.check_pool(global_pool)
         self.grad_checkpointing = False
-        self.input_size = tuple(input_size)
 
         self.patch_embed = patch_embed
-        self.pos_embed = nn.Parameter(torch.empty(1, *patch_embed.grid_size(input_size), embed_dim, **dd))
+        self.cls_token = nn.Parameter(torch.empty(1, num_class_tokens, embed_dim, **dd)) if num_class_tokens else None
+        self.pos_embed = None if pos_embed_shape is None else nn.Parameter(torch.empty(pos_embed_shape, **dd))
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = blocks
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": reduction, "module": f"blocks.{i}"}
             for i, reduction in enumerate(reductions)
@@ -101,23 +101,29 @@ class IsotropicModel(nn.Module):
         self.fc_norm = fc_norm
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        if not self.pos_embed.is_meta:
-            trunc_normal_(self.pos_embed, std=0.02)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of parameters that the authors train without weight decay, beside norms and biases."""
-        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in _WITHOUT_DECAY}
+    def check_pool(self, global_pool: str) -> str:
+        """Return a pooling that the model has; raise otherwise."""
+        return check_choice("global_pool", global_pool, self.pools)
+
+    def init_embeddings(self) -> None:
+        """Initialise the position embedding and the class tokens, truncated normal of 0.02."""
+        for embedding in (self.pos_embed, self.cls_token):
+            if embedding is not None:
+                trunc_normal_(embedding, std=0.02)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Return the regular expressions that group parameters by depth."""
-        blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return {"stem": r"^pos_embed|patch_embed", "blocks": r"^blocks\.(\d+)" if coarse else blocks}
+        blocks = r"^blocks\.(\d+)"
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": blocks if coarse else [(blocks, None), (r"^norm", (99999,))],
+        }
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in backward instead of keeping their activations."""
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -134,11 +140,56 @@ class IsotropicModel(nn.Module):
             global_pool: New pooling; None keeps the present one.
         """
         if global_pool is not None:
-            self.global_pool = _check_pool(global_pool)
+            self.global_pool = self.check_pool(global_pool)
         dd = get_device_dtype(self)
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the wanted intermediates do not need, see :meth:`VisionModel.prune_intermediate_layers`."""
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            self.fc_norm = nn.Identity()
+        return take_indices
+
+    def num_levels(self) -> int:
+        """Return the number of blocks."""
+        return len(self.blocks)
+
+
+class GridModel(IsotropicModel):
+    """An isotropic model of images or clips of any size, whose tokens are maps from end to end.
+
+    Tokens are channels-last in raster order, ``(B, *grid, C)`` with a grid of any rank, from the patch embedding to the
+    pooling; a block takes and returns such a map.
+
+    Args:
+        patch_embed: ``(B, in_chans, ...)`` to ``(B, *grid, C)``; has ``grid_size(input_size) -> grid``.
+        blocks: Map ``(B, *grid, C)`` to the same, one may shrink the grid.
+        input_size: Nominal size of the input, (height, width) or (frames, height, width).
+        embed_dim: Channels of the tokens, C.
+        **kwargs: Further arguments of :class:`IsotropicModel`, but for the embeddings.
+    """
+
+    feature_dim = -1  # of forward_features' output
+
+    def __init__(
+        self,
+        patch_embed: nn.Module,
+        blocks: list[nn.Module],
+        input_size: tuple[int, ...],
+        embed_dim: int,
+        **kwargs: Any,
+    ) -> None:
+        pos_embed_shape = (1, *patch_embed.grid_size(input_size), embed_dim)
+        super().__init__(
+            patch_embed, nn.Sequential(*blocks), embed_dim=embed_dim, pos_embed_shape=pos_embed_shape, **kwargs
+        )
+        self.input_size = tuple(input_size)
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
@@ -167,86 +218,32 @@ class IsotropicModel(nn.Module):
         size = tuple(self.pretrained_cfg["input_size"][-2:])
         return self.patch_embed.grid_size(size if frames is None else (frames, *size))
 
-    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Embed ``(B, in_chans, ...)`` as ``(B, *grid, C)``, positions included."""
         x = self.patch_embed(x)
         return self.pos_drop(x + resize_grid_embed(self.pos_embed, x.shape[1:-1]))
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run the model and return features of its blocks.
-
-        Args:
-            x: Input.
-            indices: Blocks to take: a list, the last n, or all.
-            norm: Apply the final norm to them.
-            stop_early: Do not run the blocks after the last one taken.
-            output_fmt: ``NCHW`` for channels first, ``(B, C, *grid)``; ``NHWC`` for channels last; ``NLC`` for tokens.
-            intermediates_only: Return only the features.
-
-        Returns:
-            The features, or ``(final features, features)``.
-        """
-        if output_fmt not in ("NCHW", "NHWC", "NLC"):
-            raise ValueError(f"output_fmt: expected NCHW, NHWC or NLC, got {output_fmt}")
-        intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        x = self._embed(x)
-        if torch.jit.is_scripting() or not stop_early:
+    def forward_trunk(
+        self, x: torch.Tensor, take: list[int], levels: int, norm: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """Run the stem and the first blocks; see :meth:`VisionModel.forward_trunk`."""
+        if torch.jit.is_scripting() or levels == len(self.blocks):
             blocks = self.blocks
         else:
-            blocks = self.blocks[: max_index + 1]
+            blocks = self.blocks[:levels]
+        x = self.forward_stem(x)
+        features: list[torch.Tensor] = []
         for i, block in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x)
             else:
                 x = block(x)
-            if i in take_indices:
-                feature = self.norm(x) if norm else x
-                if output_fmt == "NCHW":
-                    feature = feature.movedim(-1, 1).contiguous()
-                elif output_fmt == "NLC":
-                    feature = feature.flatten(1, -2)
-                intermediates.append(feature)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x), intermediates
+            if i in take:
+                features.append(self.norm(x) if norm else x)
+        return x, features, []
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what certain intermediates do not need.
-
-        Args:
-            indices: As in :meth:`forward_intermediates`.
-            prune_norm: Drop the final norm.
-            prune_head: Drop the classifier.
-
-        Returns:
-            The indices, counted from the first block.
-        """
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: max_index + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.fc_norm = nn.Identity()
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the normalised tokens of the last block, ``(B, *grid, C)``."""
-        x = self._embed(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
+    def finish(self, x: torch.Tensor, levels: int) -> torch.Tensor:
+        """Apply the final norm, which fits every block's output."""
         return self.norm(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -255,13 +252,3 @@ class IsotropicModel(nn.Module):
             x = global_pool_nlc(x.flatten(1, -2), pool_type=self.global_pool, num_prefix_tokens=0)
         x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits ``(B, num_classes)``, or pooled features without a classifier."""
-        return self.forward_head(self.forward_features(x))
-
-
-def _check_pool(global_pool: str) -> str:
-    if global_pool not in _POOLS:
-        raise ValueError(f"global_pool: expected one of {_POOLS}, got {global_pool!r}")
-    return global_pool

@@ -18,14 +18,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
-from timm.models.swin_transformer import PatchMerging
 
 from ..layers import SS2D, ChannelAttention, ChannelsLastConv2d, DepthwiseConv2d
 from ._builder import build_model
-from ._hierarchical import HierarchicalModel, LayerNorm, Stage, stage_dims
+from ._hierarchical import HierarchicalModel, LayerNorm, Stage
 from ._layout import from_official
 
 __all__ = ["EfficientVMamba", "EfficientVMambaBlock", "checkpoint_filter_fn", "official_state_dict"]
@@ -127,63 +126,45 @@ class EfficientVMamba(HierarchicalModel):
     """EfficientVMamba; defaults are those of ``efficient_vmamba_tiny``.
 
     Args:
-        patch_size: Stride of the patch embedding.
-        in_chans: Channels of the image.
-        num_classes: Classes; 0 for no classifier.
-        global_pool: Pooling before the classifier, as in timm.
         depths: Blocks of each stage.
         dims: Channels of each stage, or of the first (they double then).
         num_scan_stages: Stages that scan; those after them convolve.
         d_state: States a channel, N.
         ssm_ratio: Channels inside the token mixer relative to its input's.
         expand_ratio: Channels inside an inverted residual relative to its input's.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth, growing linearly over the blocks.
         norm_layer: Norm over channels.
         device: Where to create the parameters.
         dtype: Their dtype.
+        **kwargs: Arguments of :class:`._hierarchical.HierarchicalModel`: ``patch_size``, ``in_chans``, ``num_classes``,
+            ``global_pool``, ``drop_rate``, ``drop_path_rate``.
     """
 
     def __init__(
         self,
-        patch_size: int = 4,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
         depths: Sequence[int] = (2, 2, 4, 2),
         dims: int | Sequence[int] = 48,
         num_scan_stages: int = 2,
         d_state: int = 16,
         ssm_ratio: float = 2.0,
         expand_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
         norm_layer=LayerNorm,
         device=None,
         dtype=None,
+        **kwargs: Any,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        dims = stage_dims(dims, depths)
         squeeze = partial(SqueezeExcite, rd_ratio=0.125, rd_round_fn=int)
-        stages = []
-        for i, (dim, rates) in enumerate(
-            zip(dims, calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True), strict=True)
-        ):
-            downsample = PatchMerging(dims[i - 1], dim, norm_layer=norm_layer, **dd) if i else nn.Identity()
-            if i < num_scan_stages:
-                block = partial(EfficientVMambaBlock, dim, d_state, ssm_ratio, norm_layer=norm_layer, **dd)
-                stages.append(Stage(downsample, [block(drop_path=rate) for rate in rates]))
-            else:
-                block = partial(InvertedResidual, dim, dim, exp_ratio=expand_ratio, se_layer=squeeze, **dd)
-                stages.append(ConvStage(downsample, [block(drop_path_rate=rate) for rate in rates]))
-        patch_embed = PatchEmbed(
-            None, patch_size, in_chans, dims[0], norm_layer=norm_layer, output_fmt="NHWC", strict_img_size=False, **dd
-        )
+
+        def create_block(stage: int, dim: int, rate: float) -> nn.Module:
+            if stage < num_scan_stages:
+                return EfficientVMambaBlock(dim, d_state, ssm_ratio, rate, norm_layer, **dd)
+            return InvertedResidual(dim, dim, exp_ratio=expand_ratio, se_layer=squeeze, drop_path_rate=rate, **dd)
+
         super().__init__(
-            patch_embed, stages, dims, patch_size, in_chans, num_classes, global_pool, drop_rate, norm_layer, **dd
-        )
-        if not self.norm.weight.is_meta:
-            self.init_weights(needs_reset=False)
+            create_block, depths, dims, stage_layer=lambda stage: Stage if stage < num_scan_stages else ConvStage,
+            norm_layer=norm_layer, **kwargs, **dd,
+        )  # fmt: skip
+        self.init_unless_meta()
 
 
 _BLOCK_NAMES = {

@@ -19,6 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 
 from ..layers import LocalScan, axial_rope_table, insert_class_token, remove_class_token
 from ..layers.grid_embed import resize_grid_embed
+from ._base import check_choice
 from ._builder import build_model
 from ._checkpoint import CheckpointError
 from .local_vmamba import UNSEARCHED, check_directions
@@ -28,7 +29,7 @@ __all__ = ["LocalVim", "LocalVimMixer", "checkpoint_filter_fn", "official_state_
 
 Tensors = dict[str, torch.Tensor]
 
-torch.fx.wrap("resize_grid_embed")  # FX looks for leaf functions where forward is defined, and ours is Vim's
+torch.fx.wrap("resize_grid_embed")  # FX looks for leaf functions where forward is defined, and that is the base's
 
 
 class LocalVimMixer(nn.Module):
@@ -110,10 +111,8 @@ class LocalVim(Vim):
         rope: str = "stream",
         **kwargs: Any,
     ) -> None:
-        if rope_resize not in ("official", "recompute"):
-            raise ValueError(f"rope_resize: expected 'official' or 'recompute', got {rope_resize!r}")
-        if class_token not in ("", "middle"):
-            raise ValueError(f"class_token: expected 'middle' or '', got {class_token!r}")
+        check_choice("rope_resize", rope_resize, ("official", "recompute"))
+        check_choice("class_token", class_token, ("", "middle"))
         self._paths = check_directions(directions, depth, search)
         self._mixer = dict(search=search, realign_columns=realign_columns)
         self.search, self.rope_resize, self.init_dt = search, rope_resize, init_dt

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
-from timm.models.swin_transformer import PatchMerging
 
 from ..layers import LOCAL_DIRECTIONS, SS2D, LocalScan
 from . import _vmamba_official
 from ._builder import build_model
-from ._hierarchical import HierarchicalModel, LayerNorm, Stage, stage_dims
+from ._hierarchical import HierarchicalModel, LayerNorm
 from ._layout import from_official, rename
 
 __all__ = ["LocalSS2D", "LocalVMamba", "check_directions", "checkpoint_filter_fn", "official_state_dict"]
@@ -119,10 +118,6 @@ class LocalVMamba(HierarchicalModel):
     """LocalVMamba; defaults are those of the unsearched ``local_vssm_tiny``.
 
     Args:
-        patch_size: Stride of the patch embedding.
-        in_chans: Channels of the image.
-        num_classes: Classes; 0 for no classifier.
-        global_pool: Pooling before the classifier, as in timm.
         depths: Blocks of each stage.
         dims: Channels of each stage, or of the first (they double then).
         directions: Scan path of each layer, one for all, or None for the authors' unsearched one.
@@ -131,19 +126,15 @@ class LocalVMamba(HierarchicalModel):
             official code does not, see :class:`visionmamba.layers.LocalScan`.
         d_state: States a channel, N.
         ssm_ratio: Channels inside the token mixer relative to its input's.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth, growing linearly over the blocks.
         norm_layer: Norm over channels.
         device: Where to create the parameters.
         dtype: Their dtype.
+        **kwargs: Arguments of :class:`._hierarchical.HierarchicalModel`: ``patch_size``, ``in_chans``, ``num_classes``,
+            ``global_pool``, ``drop_rate``, ``drop_path_rate``.
     """
 
     def __init__(
         self,
-        patch_size: int = 4,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
         depths: Sequence[int] = (2, 2, 9, 2),
         dims: int | Sequence[int] = 96,
         directions: str | Sequence[str] | None = None,
@@ -151,33 +142,23 @@ class LocalVMamba(HierarchicalModel):
         realign_columns: bool = False,
         d_state: int = 16,
         ssm_ratio: float = 2.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
         norm_layer=LayerNorm,
         device=None,
         dtype=None,
+        **kwargs: Any,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        dims = stage_dims(dims, depths)
         paths = iter(check_directions(directions, sum(depths), search))
         block = partial(
             LocalVMambaBlock, d_state=d_state, ssm_ratio=ssm_ratio, search=search, realign_columns=realign_columns,
             norm_layer=norm_layer, **dd,
         )  # fmt: skip
-        stages = []
-        rates_of_stages = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        for i, (dim, rates) in enumerate(zip(dims, rates_of_stages, strict=True)):
-            downsample = PatchMerging(dims[i - 1], dim, norm_layer=norm_layer, **dd) if i else nn.Identity()
-            stages.append(Stage(downsample, [block(dim, next(paths), drop_path=rate) for rate in rates]))
-        patch_embed = PatchEmbed(
-            None, patch_size, in_chans, dims[0], norm_layer=norm_layer, output_fmt="NHWC", strict_img_size=False, **dd
-        )
         super().__init__(
-            patch_embed, stages, dims, patch_size, in_chans, num_classes, global_pool, drop_rate, norm_layer, **dd
-        )
+            lambda stage, dim, rate: block(dim, next(paths), drop_path=rate), depths, dims, **kwargs,
+            norm_layer=norm_layer, **dd,
+        )  # fmt: skip
         self.search = search
-        if not self.norm.weight.is_meta:
-            self.init_weights(needs_reset=False)
+        self.init_unless_meta()
 
 
 _NAMES = [

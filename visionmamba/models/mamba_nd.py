@@ -30,7 +30,7 @@ from ..layers import SelectiveSSM
 from ..ops.scan_path import scan_path
 from ._builder import build_model
 from ._checkpoint import strip_prefixes
-from ._isotropic import IsotropicModel, check_input
+from ._isotropic import GridModel, check_input
 from ._layout import embed_to_grid, rename, stack_directions, unstack_directions
 
 __all__ = ["MambaND", "checkpoint_filter_fn", "inflate", "official_state_dict"]
@@ -179,7 +179,7 @@ class GridPatchEmbed(nn.Module):
         return self.projection(x).movedim(1, -1)
 
 
-class MambaND(IsotropicModel):
+class MambaND(GridModel):
     """Mamba-ND on images ``(B, C, H, W)`` or, with ``num_frames``, on clips ``(B, C, T, H, W)``.
 
     Args:
@@ -280,17 +280,14 @@ class MambaND(IsotropicModel):
         if rank == 2:
             self.output_fmt = "NHWC"
         self.head_init_std = head_init_std
-        if not self.pos_embed.is_meta:
-            self.init_weights(needs_reset=False)
+        self.init_unless_meta()
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialise as the authors do: Mamba's and PyTorch's defaults, and a classifier that starts near zero."""
         if needs_reset:
-            for module in self.modules():
-                if module is not self and hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-            trunc_normal_(self.pos_embed, std=0.02)
+            self.reset_modules()
+        self.init_embeddings()
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=self.head_init_std)
             nn.init.zeros_(self.head.bias)

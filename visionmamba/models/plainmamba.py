@@ -29,7 +29,7 @@ from ..ops import selective_scan
 from ..ops.scan_moves import NUM_MOVES, scan_moves
 from ._builder import build_model
 from ._checkpoint import strip_prefixes
-from ._isotropic import IsotropicModel, check_input
+from ._isotropic import GridModel, check_input
 from ._layout import embed_to_grid, rename, stack_directions, unstack_directions
 
 __all__ = ["DirectionAwareSSM", "PlainMamba", "checkpoint_filter_fn", "official_state_dict"]
@@ -207,7 +207,7 @@ class ConvStemEmbed(nn.Module):
         return self.projection(F.pad(x, (0, right, 0, bottom))).permute(0, 2, 3, 1)
 
 
-class PlainMamba(IsotropicModel):
+class PlainMamba(GridModel):
     """PlainMamba.
 
     Args:
@@ -290,17 +290,14 @@ class PlainMamba(IsotropicModel):
             **dd,
         )
         self.mamba_dt_init = mamba_dt_init
-        if not self.pos_embed.is_meta:
-            self.init_weights(needs_reset=False)
+        self.init_unless_meta()
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialise as the authors do: every linear layer, the scan's too, by a truncated normal without bias."""
         if needs_reset:
-            for module in self.modules():
-                if module is not self and hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-            trunc_normal_(self.pos_embed, std=0.02)
+            self.reset_modules()
+        self.init_embeddings()
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.01 if module is self.head else 0.02)

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerScale, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.layers import LayerScale, calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model, register_model_deprecations
-from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 
 from ..layers import (
@@ -36,15 +35,17 @@ from ..layers import (
     widen,
 )
 from ..ops import causal_conv1d, selective_scan
+from ._base import check_choice
 from ._builder import build_model
+from ._isotropic import IsotropicModel
 from ._vim_official import checkpoint_filter_fn, official_arguments, official_state_dict
 
 __all__ = ["Vim", "checkpoint_filter_fn", "official_arguments", "official_state_dict"]
 
 _DIRECTIONS = ("mean", "sum", "tied", "forward")
-_POOLS = ("", "token", "avg", "last", "max")
 _FEATURE_STREAMS = ("residual", "mixer")
-_WITHOUT_DECAY = ("pos_embed", "cls_token", "A_log", "D", "conv_bias", "dt_proj_bias")
+
+torch.fx.wrap("widen")  # FX looks for leaf functions where forward is defined, and that is the base's
 
 
 class TiedSSM(SelectiveSSM):
@@ -161,7 +162,7 @@ class BlockPair(nn.Module):
         return self.first(x, grid, table) + self.second(x, grid, table)
 
 
-class Vim(nn.Module):
+class Vim(IsotropicModel):
     """Vision Mamba; defaults are those of the published ``vim_tiny_patch16_224``.
 
     Args:
@@ -212,6 +213,8 @@ class Vim(nn.Module):
         dtype: Their dtype.
     """
 
+    pools = ("", "token", "avg", "last", "max")
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -250,35 +253,24 @@ class Vim(nn.Module):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        _check_choice("class_token", class_token, CLASS_TOKEN_POSITIONS)
-        _check_choice("pos_embed_resize", pos_embed_resize, ("official", "aligned"))
-        _check_choice("rope", rope, ("", "mixer", "stream"))
-        _check_choice("rope_skip", rope_skip, ("first", "class"))
-        _check_choice("directions", directions, _DIRECTIONS)
-        _check_choice("norm", norm, tuple(STREAM_NORMS))
-        _check_choice("feature_stream", feature_stream, _FEATURE_STREAMS)
+        check_choice("class_token", class_token, CLASS_TOKEN_POSITIONS)
+        check_choice("pos_embed_resize", pos_embed_resize, ("official", "aligned"))
+        check_choice("rope", rope, ("", "mixer", "stream"))
+        check_choice("rope_skip", rope_skip, ("first", "class"))
+        check_choice("directions", directions, _DIRECTIONS)
+        check_choice("norm", norm, tuple(STREAM_NORMS))
+        check_choice("feature_stream", feature_stream, _FEATURE_STREAMS)
         if paired and depth % 2:
             raise ValueError(f"depth: expected an even number of paired blocks, got {depth}")
-        self.num_classes, self.in_chans = num_classes, in_chans
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.class_token = class_token
-        self.num_class_tokens = len(class_token_indices(self.class_token, 1))
-        self.global_pool = self._check_pool(global_pool)
+        self.class_token = class_token  # before the rest: the pooling and a family's mixers depend on it
         self.pos_embed_resize, self.dynamic_img_size = pos_embed_resize, dynamic_img_size
         self.rope, self.rope_skip, self.rope_reference_size = rope, rope_skip, rope_reference_size
         self.residual_in_float32, self.init_backward_dt = residual_in_float32, init_backward_dt
-        self.feature_stream, self.grad_checkpointing = feature_stream, False
+        self.feature_stream = feature_stream
 
-        self.patch_embed = StridedPatchEmbed(
+        patch_embed = StridedPatchEmbed(
             img_size, patch_size, stride, in_chans, embed_dim, not dynamic_img_size, dynamic_img_pad, **dd
         )
-        tokens = self.num_class_tokens
-        self.cls_token = nn.Parameter(torch.empty(1, tokens, embed_dim, **dd)) if tokens else None
-        length = self.patch_embed.num_patches + tokens
-        self.pos_embed = nn.Parameter(torch.empty(1, length, embed_dim, **dd)) if pos_embed else None
-        self.pos_drop = nn.Dropout(pos_drop_rate)
-
         mixer = dict(
             dim=embed_dim, expand=expand, d_state=d_state, d_conv=d_conv, dt_rank=dt_rank, directions=directions,
             layer_scale=layer_scale, **dd,
@@ -296,26 +288,34 @@ class Vim(nn.Module):
         ]
         if paired:
             blocks = [BlockPair(*pair) for pair in zip(blocks[::2], blocks[1::2], strict=True)]
-        self.blocks = nn.ModuleList(blocks)
-        self.feature_info = [
-            dict(num_chs=embed_dim, reduction=self.patch_embed.feat_ratio(), module=f"blocks.{i}")
-            for i in range(len(blocks))
-        ]
-        self.norm = STREAM_NORMS[norm](embed_dim, eps=norm_eps, **dd) if final_norm else nn.Identity()
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        if not self.patch_embed.proj.weight.is_meta:
-            self.init_weights(needs_reset=False)
+        tokens = len(class_token_indices(class_token, 1))
+        super().__init__(
+            patch_embed,
+            nn.ModuleList(blocks),
+            reductions=[patch_embed.feat_ratio()] * len(blocks),
+            embed_dim=embed_dim,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            norm=STREAM_NORMS[norm](embed_dim, eps=norm_eps, **dd) if final_norm else nn.Identity(),
+            fc_norm=nn.Identity(),
+            pos_embed_shape=(1, patch_embed.num_patches + tokens, embed_dim) if pos_embed else None,
+            num_class_tokens=tokens,
+            drop_rate=drop_rate,
+            pos_drop_rate=pos_drop_rate,
+            **dd,
+        )
+        self.init_unless_meta()
 
     def create_mixer(self, index: int, **mixer: Any) -> nn.Module:
         """Return the token mixer of a block; families with their own override this."""
         return VimMixer(**mixer)
 
-    def _check_pool(self, global_pool: str) -> str:
-        _check_choice("global_pool", global_pool, _POOLS)
+    def check_pool(self, global_pool: str) -> str:
+        """Return a pooling that the model has; raise otherwise."""
         if global_pool == "token" and not self.class_token:
             raise ValueError('global_pool: expected "avg", "last", "max" or "" without a class token, got "token"')
-        return global_pool
+        return super().check_pool(global_pool)
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -326,64 +326,17 @@ class Vim(nn.Module):
         """
         mixers = [module for module in self.modules() if isinstance(module, VimMixer)]
         if needs_reset:
-            for module in self.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+            self.reset_modules()
         self.patch_embed.init_weights()
         for mixer in mixers:
             with torch.no_grad():
                 mixer.out_proj.weight /= len(mixers) ** 0.5
                 if mixer.ssm.dt_proj_bias.shape[0] == 2 and not self.init_backward_dt:
                     mixer.ssm.dt_proj_bias[1].zero_()
-        for embedding in (self.pos_embed, self.cls_token):
-            if embedding is not None:
-                trunc_normal_(embedding, std=0.02)
+        self.init_embeddings()
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of embeddings, dynamics and stacked biases.
-
-        The authors' training did decay ``A_log`` and its backward twin, against Mamba's and its own intention: remove
-        them from the set to repeat it.
-        """
-        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in _WITHOUT_DECAY}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return the regular expressions that group parameters by depth."""
-        blocks = r"^blocks\.(\d+)"
-        return dict(
-            stem=r"^cls_token|^pos_embed|^patch_embed",
-            blocks=blocks if coarse else [(blocks, None), (r"^norm", (99999,))],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier."""
-        return self.head
-
-    @torch.jit.ignore
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier.
-
-        Args:
-            num_classes: Classes; 0 for no classifier.
-            global_pool: Pooling; unchanged if absent.
-        """
-        if global_pool is not None:
-            self.global_pool = self._check_pool(global_pool)
-        dd = get_device_dtype(self)
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.head.train(self.training)
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
@@ -438,97 +391,49 @@ class Vim(nn.Module):
             return self.pos_embed
         return resize_pos_embed_aligned(self.pos_embed, grid, self.class_token, self.patch_embed.grid_size)
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the blocks' features, as timm does.
+    def forward_trunk(
+        self, x: torch.Tensor, take: list[int], levels: int, norm: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """Run the stem and the first blocks; see :meth:`VisionModel.forward_trunk`.
 
-        Args:
-            x: Images.
-            indices: Last n blocks if an int, these blocks if a list, all if absent.
-            return_prefix_tokens: Return pairs of patch tokens' features and class tokens' ``(B, class tokens, C)``.
-            norm: Apply the final norm to them. Without it, the last block's feature is what the authors' detection and
-                segmentation backbones call the sum of the last hidden state and the residual.
-            stop_early: Do not compute blocks after the last one asked for.
-            output_fmt: ``"NCHW"``, or ``"NLC"`` for patch tokens.
-            intermediates_only: Return the list alone.
-
-        Returns:
-            The list of features, or the final tokens ``(B, L, C)`` and the list. The constructor's ``feature_stream``
-            says what a block's feature is.
+        The constructor's ``feature_stream`` says what a block's feature is. The stream after the last block, without
+        the norm, is what the authors' detection and segmentation backbones call the sum of the last hidden state and
+        the residual.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: expected NCHW or NLC, got {output_fmt}")
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        if torch.jit.is_scripting() or not stop_early:
+        if torch.jit.is_scripting() or levels == len(self.blocks):
             blocks = self.blocks
         else:
-            blocks = self.blocks[: max_index + 1]
+            blocks = self.blocks[:levels]
         x, grid, table = self._embed(x)
-        intermediates = []
+        features: list[torch.Tensor] = []
+        class_tokens: list[torch.Tensor] = []
         for i, block in enumerate(blocks):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, mixed = checkpoint(block.step, x, grid, table)
+            if self.feature_stream == "residual":
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x, grid, table)
+                else:
+                    x = block(x, grid, table)
+                feature = x
             else:
-                x, mixed = block.step(x, grid, table)
-            feature = mixed * block.scale if self.feature_stream == "mixer" else x
-            if i in take_indices:
-                intermediates.append(self._finish(feature) if norm else self._narrow(feature))
-        features = [remove_class_token(feature, self.class_token) for feature in intermediates]
-        if output_fmt == "NCHW":
-            features = [feature.transpose(1, 2).unflatten(2, grid).contiguous() for feature in features]
-        if not torch.jit.is_scripting() and return_prefix_tokens and self.num_class_tokens:
-            rows = class_token_indices(self.class_token, grid[0] * grid[1])
-            features = [(feature, tokens[:, rows]) for feature, tokens in zip(features, intermediates, strict=True)]
-        if intermediates_only:
-            return features
-        return self._finish(x), features
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x, mixed = checkpoint(block.step, x, grid, table)
+                else:
+                    x, mixed = block.step(x, grid, table)
+                feature = mixed * block.scale
+            if i in take:
+                feature = self.finish(feature, i + 1) if norm else self._narrow(feature)
+                features.append(remove_class_token(feature, self.class_token).unflatten(1, grid))
+                if not torch.jit.is_scripting() and self.num_class_tokens:
+                    class_tokens.append(feature[:, class_token_indices(self.class_token, grid[0] * grid[1])])
+        return x, features, class_tokens
 
     def _narrow(self, x: torch.Tensor) -> torch.Tensor:
         """Return the residual stream in the dtype of activations outside it, the parameters'."""
         return x.to(self.patch_embed.proj.weight.dtype)
 
-    def _finish(self, x: torch.Tensor) -> torch.Tensor:
+    def finish(self, x: torch.Tensor, levels: int) -> torch.Tensor:
+        """Leave the residual stream ``(B, L, C)`` through the final norm, if there is one."""
         return self._narrow(x) if isinstance(self.norm, nn.Identity) else self.norm(x)
-
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the wanted intermediates do not need.
-
-        Args:
-            indices: As for :meth:`forward_intermediates`.
-            prune_norm: Remove the final norm.
-            prune_head: Remove the classifier.
-
-        Returns:
-            The indices of the blocks that are taken.
-        """
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: max_index + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the normalised tokens of the last block, class tokens included, ``(B, L, C)``."""
-        x, grid, table = self._embed(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, grid, table)
-            else:
-                x = block(x, grid, table)
-        return self._finish(x)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Pool tokens ``(B, L, C)`` to ``(B, C)``; tokens that are not pooled pass."""
@@ -547,15 +452,6 @@ class Vim(nn.Module):
             return self.pool(self.head(self.head_drop(x)))
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Classify images ``(B, in_chans, height, width)``."""
-        return self.forward_head(self.forward_features(x))
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _cfg(hf_hub_id: str | None = None, filename: str | None = None, top1: float = 0, top5: float = 0, **kwargs):

@@ -15,23 +15,15 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    DropPath,
-    GluMlp,
-    Mlp,
-    PatchEmbed,
-    calculate_drop_path_rates,
-    get_act_layer,
-    to_2tuple,
-    trunc_normal_,
-)
+from timm.layers import DropPath, GluMlp, Mlp, get_act_layer, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 
 from ..layers import CROSS_SCAN, SS2D, ConvDownsample, ConvPatchEmbed
 from ..layers.grid_embed import resize_grid_embed
+from ._base import check_choice
 from ._builder import build_model
-from ._hierarchical import HierarchicalModel, LayerNorm, Stage, stage_dims
+from ._hierarchical import DisjointPatchEmbed, HierarchicalModel, LayerNorm
 from ._vmamba_official import checkpoint_filter_fn, official_arguments, official_state_dict
 
 __all__ = ["VMamba", "VMambaBlock", "checkpoint_filter_fn", "official_arguments", "official_state_dict"]
@@ -89,6 +81,9 @@ class VMambaBlock(nn.Module):
         return x
 
 
+torch.fx.wrap("resize_grid_embed")  # FX looks for leaf functions where forward is defined, and that is the base's
+
+_PATCH_EMBED = {"conv": ConvPatchEmbed, "patch": DisjointPatchEmbed}
 _DOWNSAMPLE = {
     "merge": PatchMerging,
     "conv2": partial(ConvDownsample, kernel_size=2),
@@ -102,9 +97,6 @@ class VMamba(HierarchicalModel):
     Args:
         img_size: Image size that ``pos_embed`` is made for; without one, images of any size will do.
         patch_size: Stride of the patch embedding.
-        in_chans: Channels of the image.
-        num_classes: Classes; 0 for no classifier.
-        global_pool: Pooling before the classifier, as in timm.
         depths: Blocks of each stage.
         dims: Channels of each stage, or of the first (they double then).
         d_state: States a channel, N.
@@ -123,24 +115,20 @@ class VMamba(HierarchicalModel):
         gated_mlp: Whether the MLP is gated.
         mlp_act_layer: Its activation.
         patch_embed: ``"conv"`` (two overlapping convolutions) or ``"patch"`` (one of disjoint patches).
-        patch_norm: Whether the patch embedding has norms.
         downsample: ``"conv3"``, ``"conv2"`` or ``"merge"`` (2 x 2 patches).
         pos_embed: Add an absolute position embedding, resized for other image sizes.
-        drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout in token mixers and MLPs.
-        drop_path_rate: Stochastic depth, growing linearly over the blocks.
         norm_layer: Norm over channels.
         device: Where to create the parameters.
         dtype: Their dtype.
+        **kwargs: Arguments of :class:`._hierarchical.HierarchicalModel`: ``in_chans``, ``num_classes``,
+            ``global_pool``, ``patch_norm``, ``drop_rate``, ``drop_path_rate``.
     """
 
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 4,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
         depths: Sequence[int] = (2, 2, 8, 2),
         dims: int | Sequence[int] = 96,
         d_state: int = 1,
@@ -159,24 +147,17 @@ class VMamba(HierarchicalModel):
         gated_mlp: bool = False,
         mlp_act_layer: str = "gelu",
         patch_embed: str = "conv",
-        patch_norm: bool = True,
         downsample: str = "conv3",
         pos_embed: bool = False,
-        drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
         norm_layer=LayerNorm,
         device=None,
         dtype=None,
+        **kwargs: Any,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        for name, value, known in (
-            ("patch_embed", patch_embed, ("conv", "patch")),
-            ("downsample", downsample, _DOWNSAMPLE),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        dims = stage_dims(dims, depths)
+        check_choice("patch_embed", patch_embed, tuple(_PATCH_EMBED))
+        check_choice("downsample", downsample, tuple(_DOWNSAMPLE))
         mixer = dict(
             d_state=d_state, ssm_ratio=ssm_ratio, dt_rank=dt_rank, path=path, ssm=ssm, ssm_init=ssm_init, d_conv=d_conv,
             conv_bias=conv_bias, act_layer=get_act_layer(ssm_act_layer), gate=gate, out_norm=out_norm, out_act=out_act,
@@ -186,28 +167,15 @@ class VMamba(HierarchicalModel):
             VMambaBlock, mixer=mixer, mlp_ratio=mlp_ratio, gated_mlp=gated_mlp,
             mlp_act_layer=get_act_layer(mlp_act_layer), proj_drop=proj_drop_rate, norm_layer=norm_layer, **dd,
         )  # fmt: skip
-        stages = []
-        rates_of_stages = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        for i, (dim, rates) in enumerate(zip(dims, rates_of_stages, strict=True)):
-            down = _DOWNSAMPLE[downsample](dims[i - 1], dim, norm_layer=norm_layer, **dd) if i else nn.Identity()
-            stages.append(Stage(down, [block(dim, drop_path=rate) for rate in rates]))
-        embed_norm = norm_layer if patch_norm else None
-        if patch_embed == "conv":
-            stem = ConvPatchEmbed(patch_size, in_chans, dims[0], norm_layer=embed_norm, **dd)
-        else:
-            stem = PatchEmbed(
-                None, patch_size, in_chans, dims[0], norm_layer=embed_norm, output_fmt="NHWC", strict_img_size=False,
-                **dd,
-            )  # fmt: skip
         super().__init__(
-            stem, stages, dims, patch_size, in_chans, num_classes, global_pool, drop_rate, norm_layer, **dd
-        )
+            lambda stage, dim, rate: block(dim, drop_path=rate), depths, dims, patch_embed=_PATCH_EMBED[patch_embed],
+            downsample=_DOWNSAMPLE[downsample], patch_size=patch_size, norm_layer=norm_layer, **kwargs, **dd,
+        )  # fmt: skip
         self.pos_embed = None
         if pos_embed:
             grid = [size // patch_size for size in to_2tuple(img_size)]
-            self.pos_embed = nn.Parameter(torch.empty(1, *grid, dims[0], **dd))
-        if not self.norm.weight.is_meta:
-            self.init_weights(needs_reset=False)
+            self.pos_embed = nn.Parameter(torch.empty(1, *grid, self.feature_info[0]["num_chs"], **dd))
+        self.init_unless_meta()
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:

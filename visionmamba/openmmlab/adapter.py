@@ -311,7 +311,7 @@ class VisionMambaAdapter(VisionMambaBackbone):
         c = torch.cat(
             [level.flatten(2).transpose(1, 2) + e for level, e in zip(levels, self.level_embed, strict=True)], 1
         )
-        tokens = self.model._embed(x)  # (B, H, W, C)
+        tokens = self.model.forward_stem(x)  # (B, H, W, C)
         places = Places((int(tokens.shape[1]), int(tokens.shape[2])), sizes, x.device)
         for quarter, interaction in enumerate(self.interactions):
             tokens = self._run_blocks(interaction.inject(tokens, c, places), quarter)
