@@ -65,8 +65,11 @@ def complexity(config: Config, input_size: tuple[int, int]) -> dict[str, int]:
         ``parameters``, ``backbone_parameters`` and ``flops``. Parameters are all that are trained, the auxiliary head's
         too.
     """
-    with torch.device("meta"):
-        model = build_model(config).eval()
+    try:
+        with torch.device("meta"):
+            model = build_model(config).eval()
+    except RuntimeError:  # some constructors read values, as Swin's does
+        model = build_model(config).eval().to("meta")
     flops = count_flops(_FromImages(model), (1, 3, *input_size))
     if hasattr(model, "roi_head"):
         flops += _roi_flops(model.roi_head)

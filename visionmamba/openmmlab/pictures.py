@@ -55,9 +55,12 @@ def browse(config: Config, out: Path, split: str = "train", count: int = 20) -> 
     for index in range(min(count, len(dataset))):
         sample = dataset[index]
         pixels = sample["inputs"].permute(1, 2, 0).numpy()[..., ::-1]  # read as BGR
-        truth = (
-            sample["data_samples"].cpu().numpy() if config.get("default_scope") != "mmseg" else sample["data_samples"]
-        )
+        truth = sample["data_samples"]
+        if "gt_instances" in truth:
+            instances = truth.gt_instances
+            instances.bboxes = instances.bboxes.tensor
+            if "masks" in instances:
+                instances.masks = instances.masks.to_ndarray().astype(bool)
         visualizer.add_datasample("sample", np.ascontiguousarray(pixels), truth, draw_pred=False)
         paths.append(out / f"{split}_{index:04d}.png")
         _save(paths[-1], visualizer.get_image())
@@ -141,6 +144,7 @@ def predict_folder(
     predictions = {}
     for path in images:
         name = path.relative_to(root)
+        png = name if name.suffix == ".png" else name.with_name(f"{name.name}.png")
         pixels = mmcv.imread(str(path), channel_order="rgb") if path.stat().st_size else None
         if pixels is None:
             yield path, "not a readable image"
@@ -148,9 +152,9 @@ def predict_folder(
         sample = infer(model, np.ascontiguousarray(pixels[..., ::-1]))
         options = {} if segmentation else {"pred_score_thr": score_thr}
         visualizer.add_datasample("prediction", pixels, sample, draw_gt=False, **options)
-        _save(out / "pictures" / f"{name}.png", visualizer.get_image())
+        _save(out / "pictures" / png, visualizer.get_image())
         if segmentation:
-            _save(out / "labels" / f"{name}.png", sample.pred_sem_seg.data[0].cpu().numpy().astype(np.uint8))
+            _save(out / "labels" / png, sample.pred_sem_seg.data[0].cpu().numpy().astype(np.uint8))
         else:
             predictions[str(name)] = _instances(sample, score_thr)
         yield path, None
