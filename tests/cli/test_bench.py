@@ -1,0 +1,126 @@
+"""``visionmamba bench`` on the CPU: its columns, what it skips, and what it does with failures."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from visionmamba.analysis import bench as module
+
+TIMM_INFER = "model infer_samples_per_sec infer_step_time infer_batch_size infer_img_size infer_gmacs infer_macts"
+QUICK = ("--size", "32", "--warmup", "1", "--repeats", "3", "--device", "cpu")
+
+
+def _rows(folder, mode="infer"):
+    with (folder / f"{mode}.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_columns_are_timms_and_figures_fit_together(run, tmp_path):
+    result = run("bench", "test_vmamba", "--batch", "1,4", "--mode", "infer,train", *QUICK, "--out", tmp_path)
+    assert result.status == 0, result.err
+    rows = _rows(tmp_path)
+    assert list(rows[0])[:8] == [*TIMM_INFER.split(), "param_count"]
+    assert [row["infer_batch_size"] for row in rows] == ["1", "4"]
+    for row in rows:
+        per_second = 1e3 * int(row["infer_batch_size"]) / float(row["infer_step_time"])
+        assert float(row["infer_samples_per_sec"]) == pytest.approx(per_second, rel=1e-2)
+        assert float(row["latency_p50"]) <= float(row["latency_p90"]) <= float(row["latency_p99"])
+        assert (row["param_count"], row["memory_from"], row["error"]) == ("0.42", "shapes", "")
+    train = _rows(tmp_path, "train")
+    assert float(train[1]["peak_memory_mib"]) > float(rows[1]["peak_memory_mib"])
+    recorded = json.loads((tmp_path / "environment.json").read_text())
+    assert {"device", "driver", "torch", "timm", "commit", "threads"} <= set(recorded)
+
+
+def test_what_is_there_is_not_measured_again(run, tmp_path, monkeypatch):
+    arguments = ["bench", "test_vmamba", *QUICK, "--out", tmp_path]
+    assert run(*arguments).status == 0
+    before = _rows(tmp_path)
+    measured = []
+    monkeypatch.setattr(module, "measure", lambda setting, *_: measured.append(setting.model) or before[0])
+    assert run(*arguments).status == 0
+    assert measured == []
+    assert run("bench", "test_vim", *arguments[1:]).status == 0
+    assert measured == ["test_vim"]
+    assert _rows(tmp_path)[0] == before[0]
+
+
+def test_a_failing_model_is_a_row_and_the_rest_go_on(run, tmp_path, monkeypatch):
+    create = module.create_for_size
+
+    def fail(name, *arguments):
+        if name == "test_vim":
+            raise RuntimeError("out of\nmemory")
+        return create(name, *arguments)
+
+    monkeypatch.setattr(module, "create_for_size", fail)
+    result = run("bench", "test_vim", "test_vmamba", *QUICK, "--out", tmp_path)
+    assert result.status == 0
+    assert "error: test_vim: RuntimeError: out of memory" in result.err
+    rows = {row["model"]: row for row in _rows(tmp_path)}
+    assert rows["test_vim"]["error"] == "RuntimeError: out of memory"
+    assert rows["test_vim"]["infer_samples_per_sec"] == ""
+    assert not rows["test_vmamba"]["error"]
+    monkeypatch.undo()
+    assert run("bench", "test_vim", *QUICK, "--out", tmp_path).status == 0  # an error is tried again
+    assert len(_rows(tmp_path)) == 2
+    assert not any(row["error"] for row in _rows(tmp_path))
+
+
+def test_cuda_graphs_on_a_cpu_are_refused_in_the_row(run, tmp_path):
+    result = run("bench", "test_vmamba", "--run", "graph", *QUICK, "--out", tmp_path)
+    assert result.status == 1
+    assert "a CUDA graph needs a CUDA device, got cpu" in _rows(tmp_path)[0]["error"]
+
+
+def test_json_and_precision(run, tmp_path):
+    flags = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+    arguments = ("--precision", "fp32,bf16", "--channels-last", *QUICK, "--out", tmp_path, "--json")
+    report = json.loads(run("bench", "test_vmamba", *arguments).out)
+    assert [row["precision"] for row in report["rows"]] == ["fp32", "bf16"]
+    assert report["environment"]["device_type"] == "cpu"
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == flags
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["test_vmanba"], "unknown model 'test_vmanba'"),
+        (["test_vim", "--mode", "inference"], "--mode: expected some of infer, train, got 'inference'"),
+        (["test_vim", "--batch", "0"], "--batch: expected positive numbers"),
+        (["test_vim", "--precision", "int4"], "--precision: expected some of fp32, tf32, bf16, fp16, got 'int4'"),
+        (["test_vim", "--device", "abacus"], "--device: "),
+    ],
+)
+def test_bad_input_is_one_sentence(run, tmp_path, arguments, message):
+    result = run("bench", *arguments, "--out", tmp_path)
+    assert result.status == 1
+    assert message in result.err
+    assert len(result.err.strip().splitlines()) == 1
+
+
+def test_results_of_another_machine_are_not_mixed(run, tmp_path):
+    (tmp_path / "environment.json").write_text(json.dumps({"device": "abacus"}))
+    result = run("bench", "test_vim", *QUICK, "--out", tmp_path)
+    assert result.status == 1
+    assert "holds results of another machine (device abacus" in result.err
+
+
+def test_a_foreign_table_is_not_overwritten(run, tmp_path):
+    (tmp_path / "infer.csv").write_text("my,own,table\n1,2,3\n")
+    result = run("bench", "test_vim", *QUICK, "--out", tmp_path)
+    assert result.status == 1
+    assert "is not a table of this benchmark" in result.err
+    assert (tmp_path / "infer.csv").read_text() == "my,own,table\n1,2,3\n"
+
+
+@pytest.mark.slow
+def test_the_script_is_the_command(tmp_path):
+    script = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
+    subprocess.run([sys.executable, script, "test_vmamba", *QUICK, "--out", tmp_path], check=True)
+    assert len(_rows(tmp_path)) == 1

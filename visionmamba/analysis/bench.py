@@ -1,0 +1,347 @@
+"""Throughput, latency, memory and energy of models, in the columns of timm's own benchmark tables.
+
+A step is timed by itself, on GPUs between CUDA events, after steps that are not; throughput is the batch by the median.
+A training step is forward and backward without an optimiser, as published training throughputs are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn as nn
+
+from .._files import replacing
+from .environment import environment, nvml_device
+from .flops import count_operations, input_shape
+from .memory import activation_memory, parameter_memory
+
+__all__ = ["MODES", "PEERS", "PRECISIONS", "RUNS", "Results", "Setting", "create_for_size", "measure"]
+
+MODES = ("infer", "train")
+RUNS = ("eager", "compile", "graph")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+PEERS = ("deit_small_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny")
+"""Models of timm that the zoo is measured beside."""
+
+_TIMM_COLUMNS = {
+    "infer": (
+        "model", "infer_samples_per_sec", "infer_step_time", "infer_batch_size", "infer_img_size", "infer_gmacs",
+        "infer_macts", "param_count",
+    ),
+    "train": (
+        "model", "train_samples_per_sec", "train_step_time", "train_batch_size", "train_img_size", "param_count",
+    ),
+}  # fmt: skip
+_FURTHER_COLUMNS = (
+    "run", "precision", "channels_last", "latency_p50", "latency_p90", "latency_p99", "peak_memory_mib",
+    "memory_from", "joules_per_sample", "steps", "error",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Args:
+        model: Name of a timm model.
+        mode: One of :data:`MODES`.
+        size: Image size, (height, width).
+        batch: Batch size.
+        run: One of :data:`RUNS`: as it stands, through ``torch.compile``, or replayed as a CUDA graph.
+        precision: One of :data:`PRECISIONS`; ``bf16`` and ``fp16`` by autocast.
+        channels_last: Whether input and parameters are laid out channels-last.
+    """
+
+    model: str
+    mode: str = "infer"
+    size: tuple[int, int] = (224, 224)
+    batch: int = 1
+    run: str = "eager"
+    precision: str = "fp32"
+    channels_last: bool = False
+
+    @property
+    def img_size(self) -> str:
+        """The size as timm's tables have it: one number where both are the same."""
+        return str(self.size[0]) if self.size[0] == self.size[1] else f"{self.size[0]}x{self.size[1]}"
+
+    def identity(self) -> dict[str, str]:
+        """Return the columns by which a row of this setting is known."""
+        return {
+            "model": self.model,
+            f"{self.mode}_batch_size": str(self.batch),
+            f"{self.mode}_img_size": self.img_size,
+            "run": self.run,
+            "precision": self.precision,
+            "channels_last": str(self.channels_last),
+        }
+
+
+def create_for_size(name: str, size: tuple[int, int], device: Any = None) -> nn.Module:
+    """Create a model for images of a size, whether or not it must be told.
+
+    Args:
+        name: Name of a timm model.
+        size: (height, width).
+        device: Where to create it.
+    """
+    own = tuple(timm.get_pretrained_cfg(name).input_size[-2:])
+    if tuple(size) != own:
+        with contextlib.suppress(TypeError):  # a convolutional model, which takes any size
+            return timm.create_model(name, img_size=size, device=device)
+    return timm.create_model(name, device=device)
+
+
+@contextlib.contextmanager
+def _arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """Compute in a precision, and leave everything as it was."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    try:
+        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def _step(model: nn.Module, x: torch.Tensor, training: bool) -> Callable[[], None]:
+    def step() -> None:
+        if training:
+            model.zero_grad(set_to_none=True)
+            model(x).float().square().mean().backward()
+        else:
+            with torch.no_grad():
+                model(x)
+
+    return step
+
+
+def _graphed(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    if device.type != "cuda":
+        raise ValueError(f"run: a CUDA graph needs a CUDA device, got {device}")
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _times(step: Callable[[], None], device: torch.device, warmup: int, repeats: int) -> list[float]:
+    """Return the milliseconds of each step."""
+    for _ in range(warmup):
+        step()
+    if device.type != "cuda":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        step()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _joules(step: Callable[[], None], device: torch.device, seconds: float = 1.0) -> float | None:
+    """Return the energy of a step by the driver's counter, over about a second; None if there is no counter."""
+    nvml = nvml_device(device)
+    if nvml is None:
+        return None
+    library, handle = nvml
+    try:
+        torch.cuda.synchronize(device)
+        before, start, steps = library.nvmlDeviceGetTotalEnergyConsumption(handle), time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            step()
+            torch.cuda.synchronize(device)
+            steps += 1
+        return (library.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3 / steps
+    except library.NVMLError:
+        return None
+
+
+def _costs(setting: Setting) -> dict[str, str]:
+    model = create_for_size(setting.model, setting.size, "meta")
+    counts = count_operations(model, setting.size, ("upstream", "activations"))
+    params = sum(parameter.numel() for parameter in model.parameters())
+    columns = {"param_count": f"{params / 1e6:.2f}"}
+    if setting.mode == "infer":
+        columns["infer_gmacs"] = f"{sum(counts['upstream'][''].values()) / 1e9:.2f}"
+        columns["infer_macts"] = f"{sum(counts['activations'][''].values()) / 1e6:.2f}"
+    return columns
+
+
+def measure(setting: Setting, device: torch.device, warmup: int = 5, repeats: int = 20) -> dict[str, str]:
+    """Measure a model in one setting.
+
+    Args:
+        setting: What to measure.
+        device: Where.
+        warmup: Steps before those that are timed.
+        repeats: Steps that are timed.
+
+    Returns:
+        A row of the table, text by column: throughput in images a second, times in milliseconds.
+    """
+    training = setting.mode == "train"
+    torch.manual_seed(0)
+    model = create_for_size(setting.model, setting.size, device).train(training)
+    shape = (setting.batch, *input_shape(model, setting.size)[1:])
+    x = torch.randn(shape, device=device)
+    if setting.channels_last and x.dim() == 4:
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with _arithmetic(setting.precision, device):
+        step = _step(torch.compile(model) if setting.run == "compile" else model, x, training)
+        if setting.run == "graph":
+            step = _graphed(step, device)
+        times = _times(step, device, warmup, repeats)
+        joules = _joules(step, device)
+    if device.type == "cuda":
+        memory, source = torch.cuda.max_memory_allocated(device), "allocator"
+    else:
+        memory, source = parameter_memory(model) + activation_memory(model, shape, training), "shapes"
+    p50, p90, p99 = np.percentile(times, (50, 90, 99))
+    return {
+        **setting.identity(),
+        f"{setting.mode}_samples_per_sec": f"{1e3 * setting.batch / p50:.2f}",
+        f"{setting.mode}_step_time": f"{p50:.3f}",
+        **_costs(setting),
+        "latency_p50": f"{p50:.3f}",
+        "latency_p90": f"{p90:.3f}",
+        "latency_p99": f"{p99:.3f}",
+        "peak_memory_mib": f"{memory / 2**20:.1f}",
+        "memory_from": source,
+        "joules_per_sample": "" if joules is None else f"{joules / setting.batch:.4f}",
+        "steps": str(repeats),
+        "error": "",
+    }
+
+
+class Results:
+    """Measured rows in a folder: ``infer.csv``, ``train.csv`` and ``environment.json``, whole after every row.
+
+    Args:
+        folder: The folder; results that are there already are kept, and not measured again.
+        device: Device of the measurements.
+
+    Raises:
+        ValueError: The folder holds results of another machine, or a file that is not such a table.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self.environment = folder, environment(device)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check_environment()
+        self.rows = {mode: self._read(mode) for mode in MODES}
+
+    def _check_environment(self) -> None:
+        path = self.folder / "environment.json"
+        if not path.exists():
+            self._write(path, json.dumps(self.environment, indent=1) + "\n")
+            return
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not the record of a benchmark: {error}") from error
+        for key in ("device", "torch", "threads"):
+            if before.get(key) != self.environment[key]:
+                raise ValueError(
+                    f"{self.folder} holds results of another machine ({key} {before.get(key)}, here "
+                    f"{self.environment[key]}); give another folder"
+                )
+        self.environment = before
+
+    def _columns(self, mode: str) -> tuple[str, ...]:
+        return _TIMM_COLUMNS[mode] + _FURTHER_COLUMNS
+
+    def _read(self, mode: str) -> list[dict[str, str]]:
+        path = self.folder / f"{mode}.csv"
+        if not path.exists():
+            return []
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != self._columns(mode):
+                raise ValueError(f"{path} is not a table of this benchmark; give another folder")
+            return list(reader)
+
+    def find(self, setting: Setting) -> dict[str, str] | None:
+        """Return the row of a setting that was measured without an error."""
+        identity = setting.identity()
+        for row in self.rows[setting.mode]:
+            if not row["error"] and all(row[column] == value for column, value in identity.items()):
+                return row
+        return None
+
+    def add(self, setting: Setting, row: dict[str, str]) -> None:
+        """Keep a row, in place of an earlier one of the same setting."""
+        identity, rows = setting.identity(), self.rows[setting.mode]
+        rows[:] = [old for old in rows if any(old[column] != value for column, value in identity.items())]
+        rows.append({column: row.get(column, "") for column in self._columns(setting.mode)})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns(setting.mode), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self._write(self.folder / f"{setting.mode}.csv", text.getvalue())
+
+    def measure(
+        self, settings: Iterable[Setting], device: torch.device, warmup: int, repeats: int,
+        notify: Callable[[Setting, dict[str, str]], None] = lambda setting, row: None,
+    ) -> list[dict[str, str]]:  # fmt: skip
+        """Measure what has not been measured; an error becomes the row's, and the next setting's turn comes.
+
+        Args:
+            settings: What to measure.
+            device: Where.
+            warmup: Steps before those that are timed.
+            repeats: Steps that are timed.
+            notify: Called with each setting and its row.
+
+        Returns:
+            The rows of all settings.
+        """
+        rows = []
+        for setting in settings:
+            row = self.find(setting)
+            if row is None:
+                try:
+                    row = measure(setting, device, warmup, repeats)
+                except Exception as error:  # whatever a model does, the rest go on
+                    message = " ".join(str(error).split())[:300]
+                    row = {**setting.identity(), "error": f"{type(error).__name__}: {message}"}
+                torch.compiler.reset()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                self.add(setting, row)
+            rows.append({column: row.get(column, "") for column in self._columns(setting.mode)})
+            notify(setting, row)
+        return rows
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,367 @@
+"""A report on the zoo: one HTML page that opens offline, and the same in Markdown with its pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+
+from .._files import replacing
+from ..zoo import model_names, published_top1
+from .bench import PEERS, Setting, create_for_size
+from .cost import ModelCost, model_cost
+from .published import PUBLISHED, agrees
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Measurement", "Plan", "default_models", "plan", "read_accuracy", "sweep_models", "write_report"]
+
+PEERS_TOP1 = {"deit_small_patch16_224": 79.8, "swin_tiny_patch4_window7_224": 81.3, "convnext_tiny": 82.1}
+"""Published top-1 of the peers (their papers)."""
+
+_COLUMNS = (
+    "Model", "Input", "Params (M)", "published", "GFLOPs", "published", "differs", "Scan's share", "Images/s",
+    "Training images/s", "Memory (MiB)", "Training memory (MiB)", "Top-1 published", "Top-1 ours", "differs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a report measures.
+
+    Args:
+        table: Settings of the table: a forward and perhaps a training step of every model.
+        sweep: Settings of the plots over the resolution.
+    """
+
+    table: list[Setting]
+    sweep: list[Setting]
+
+
+@dataclass
+class Measurement:
+    """What was measured, by setting: rows of :class:`visionmamba.analysis.bench.Results`.
+
+    Args:
+        rows: The rows.
+        environment: What they were measured with.
+    """
+
+    rows: dict[Setting, dict[str, str]] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def number(self, setting: Setting, column: str) -> float | None:
+        """Return a figure, or None if there is none."""
+        row = self.rows.get(setting)
+        return float(row[column]) if row and row.get(column) else None
+
+
+def default_models() -> list[str]:
+    """Return the zoo's models of 224-pixel images, and their peers of timm."""
+    names = [name for name in model_names() if _takes_images(name) and _own_size(name) == (224, 224)]
+    return [*names, *PEERS]
+
+
+def _takes_images(name: str) -> bool:
+    cfg = timm.get_pretrained_cfg(name)
+    return cfg.input_size[0] == 3 and "3d" not in name
+
+
+def _own_size(name: str) -> tuple[int, int]:
+    return tuple(timm.get_pretrained_cfg(name).input_size[-2:])
+
+
+def sweep_models(models: Sequence[str]) -> list[str]:
+    """Return what the plots over the resolution compare: the smallest model of each family, and DeiT-S.
+
+    Args:
+        models: The report's models.
+    """
+    families: dict[str, list[str]] = {}
+    for name in models:
+        if name in model_names() and _takes_images(name):
+            families.setdefault(timm.model_entrypoint(name.split(".")[0]).__module__, []).append(name)
+    smallest = [min(members, key=lambda name: _cost(name).params) for members in families.values()]
+    return [*smallest, PEERS[0]]
+
+
+@cache
+def _cost(name: str) -> ModelCost:
+    return model_cost(create_for_size(name, _own_size(name), "meta"), name=name)
+
+
+def plan(
+    models: Sequence[str], sweep: Sequence[str], sizes: Sequence[tuple[int, int]], batch: int, training: bool,
+    precision: str, channels_last: bool = False,
+) -> Plan:  # fmt: skip
+    """Return what is to be measured.
+
+    Args:
+        models: Models of the table.
+        sweep: Models of the plots over the resolution.
+        sizes: Resolutions of those.
+        batch: Batch of the table; the plots are of single images.
+        training: Whether training steps are measured too.
+        precision: One of :data:`visionmamba.analysis.bench.PRECISIONS`.
+        channels_last: Layout of input and weights.
+    """
+    modes = ("infer", "train") if training else ("infer",)
+    rest = ("eager", precision, channels_last)
+    return Plan(
+        [Setting(name, mode, _own_size(name), batch, *rest) for name in models for mode in modes],
+        [Setting(name, "infer", tuple(size), 1, *rest) for name in sweep for size in sizes],
+    )
+
+
+def read_accuracy(path: Path) -> dict[str, float]:
+    """Return our top-1 by model from a table with timm's columns ``model`` and ``top1``.
+
+    Raises:
+        ValueError: It is not such a table.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return {row["model"].split(".")[0]: float(row["top1"]) for row in csv.DictReader(file)}
+    except (KeyError, ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a CSV table with columns model and top1 ({error!r})") from error
+
+
+def _top1(name: str) -> float | None:
+    base = name.split(".")[0]
+    return PEERS_TOP1.get(base) if base in PEERS_TOP1 else published_top1(timm.get_pretrained_cfg(name).to_dict())
+
+
+def _text(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _cells(name: str, measured: Measurement, settings: dict[str, Setting], ours: dict[str, float]) -> list[str]:
+    """Return a model's row of the table."""
+    cost, published = _cost(name), PUBLISHED.get(name.split(".")[0])
+    gflops = published.gflops if published else None
+    difference = ""
+    if gflops:
+        flops = cost.flops / 1e9
+        difference = "0" if agrees(flops, gflops) else f"{flops / float(gflops) - 1:+.1%}"
+    measures = []
+    for column in ("samples_per_sec", "memory"):
+        for mode in ("infer", "train"):
+            key = f"{mode}_{column}" if column != "memory" else "peak_memory_mib"
+            measures.append(measured.number(settings[mode], key) if mode in settings else None)
+    top1, own = _top1(name), ours.get(name.split(".")[0])
+    return [
+        name, "x".join(map(str, cost.input_size[2:])), f"{cost.params / 1e6:.2f}",
+        (published.params or "") if published else "", f"{cost.flops / 1e9:.2f}", gflops or "", difference,
+        f"{cost.scan / cost.flops:.0%}", _text(measures[0], 1), _text(measures[1], 1), _text(measures[2], 0),
+        _text(measures[3], 0), _text(top1, 1), _text(own, 2),
+        "" if own is None or top1 is None else f"{own - top1:+.2f}",
+    ]  # fmt: skip
+
+
+def _rows(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -> list[dict[str, Any]]:
+    by_model: dict[str, dict[str, Setting]] = {}
+    for setting in planned.table:
+        by_model.setdefault(setting.model, {})[setting.mode] = setting
+    rows = []
+    for name, settings in by_model.items():
+        failed = any(measured.rows.get(setting, {}).get("error") for setting in settings.values())
+        try:
+            cells = _cells(name, measured, settings, accuracy)
+        except Exception:  # the same failure is listed by name; a model that cannot be built has no figures
+            cells, failed = [name] + [""] * (len(_COLUMNS) - 1), True
+        kind = "failed" if failed else "peer" if name.split(".")[0] not in model_names() else ""
+        rows.append({"cells": cells, "kind": kind})
+    return rows
+
+
+def _failures(measured: Measurement) -> list[dict[str, str]]:
+    return [
+        {
+            "model": setting.model,
+            "what": f"{setting.mode}, {setting.img_size} pixels, batch {setting.batch}",
+            "error": row["error"],
+        }
+        for setting, row in measured.rows.items()
+        if row["error"]
+    ]
+
+
+def _new_figure() -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _accuracy_figure(planned: Plan, measured: Measurement) -> Figure | None:
+    points = []
+    for setting in planned.table:
+        speed, top1 = measured.number(setting, "infer_samples_per_sec"), _top1(setting.model)
+        if setting.mode == "infer" and speed and top1 is not None:
+            points.append((setting.model, speed, top1))
+    if not points:
+        return None
+    figure, axes = _new_figure()
+    for ours, marker, label in ((True, "o", "this zoo"), (False, "s", "timm")):
+        group = [point for point in points if (point[0].split(".")[0] in model_names()) == ours]
+        if group:
+            axes.scatter([p[1] for p in group], [p[2] for p in group], marker=marker, label=label, s=28)
+    for name, speed, top1 in points:
+        axes.annotate(name, (speed, top1), xytext=(4, 3), textcoords="offset points", fontsize=6)
+    axes.set(xscale="log", xlabel="images a second", ylabel="published top-1 (%)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _sweep_figure(planned: Plan, measured: Measurement, column: str, label: str) -> Figure | None:
+    lines = _lines(planned, measured, column)
+    if not lines:
+        return None
+    figure, axes = _new_figure()
+    for name, points in lines.items():
+        dashed = name.split(".")[0] not in model_names()
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linestyle="--" if dashed else "-", label=name)
+    sides = sorted({side for points in lines.values() for side, _ in points})
+    axes.set(xscale="log", yscale="log", xlabel="side of the image (pixels)", ylabel=label)
+    axes.set_xticks(sides, [f"{side:.0f}" for side in sides], fontsize=8)
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _lines(planned: Plan, measured: Measurement, column: str) -> dict[str, list[tuple[float, float]]]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for setting in planned.sweep:
+        value = measured.number(setting, column)
+        if value:
+            lines.setdefault(setting.model, []).append((math.sqrt(math.prod(setting.size)), value))
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+_SWEEPS = (("infer_step_time", "milliseconds an image"), ("peak_memory_mib", "memory (MiB)"))
+
+
+def _growth(planned: Plan, measured: Measurement) -> list[list[str]]:
+    """Return each model's exponents of time and memory over the number of pixels, between the two largest images."""
+    exponents: dict[str, list[str]] = {}
+    for column, _ in _SWEEPS:
+        for name, points in _lines(planned, measured, column).items():
+            if len(points) > 1:
+                (side, value), (larger, more) = points[-2:]
+                exponent = math.log(more / value) / (2 * math.log(larger / side))
+                exponents.setdefault(name, []).append(f"{exponent:.2f}")
+    return [[name, *figures] for name, figures in exponents.items() if len(figures) == len(_SWEEPS)]
+
+
+def _svg(figure: Figure, name: str) -> str:
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()
+
+
+def _figures(planned: Plan, measured: Measurement) -> list[dict[str, str]]:
+    drawn = [
+        ("accuracy", "Accuracy against throughput", _accuracy_figure(planned, measured),
+         "Published top-1 on ImageNet-1k against the throughput measured here; up and to the right is better."),
+        ("time", "Time against resolution", _sweep_figure(planned, measured, *_SWEEPS[0]),
+         "One image, forward. A scan's time grows in proportion to the pixels, attention's with their square."),
+        ("memory", "Memory against resolution", _sweep_figure(planned, measured, *_SWEEPS[1]),
+         "One image, forward, with the parameters."),
+    ]  # fmt: skip
+    return [
+        {"name": name, "title": title, "svg": _svg(figure, name), "caption": caption}
+        for name, title, figure, caption in drawn
+        if figure is not None
+    ]
+
+
+def _context(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -> dict[str, Any]:
+    first = planned.table[0]
+    where = measured.environment
+    sources = {row.get("memory_from") for row in measured.rows.values()} - {"", None}
+    memory = "the allocator's peak" if sources == {"allocator"} else "counted from the tensors' shapes"
+    return {
+        "title": "The zoo on " + str(where.get("device", "this machine")),
+        "summary": f"{len({s.model for s in planned.table})} models, {first.precision}, batch {first.batch}, "
+        f"PyTorch {where.get('torch')}, commit {where.get('commit') or 'unknown'}.",
+        "caption": "GFLOPs: 1 a multiply-accumulate, scans as 9BLDN + BLD; benchmarks/flops.md explains differences "
+        f"from published figures. Images a second from the median step; memory is {memory}. A training step is forward "
+        "and backward.",
+        "columns": _COLUMNS,
+        "rows": _rows(planned, measured, accuracy),
+        "failures": _failures(measured),
+        "figures": _figures(planned, measured),
+        "growth": _growth(planned, measured),
+        "environment": [(key, value) for key, value in where.items() if value is not None],
+    }
+
+
+def _markdown(context: dict[str, Any]) -> str:
+    columns = context["columns"]
+    lines = [f"# {context['title']}", "", context["summary"], "", "| " + " | ".join(columns) + " |"]
+    lines += ["|---" + "|--:" * (len(columns) - 1) + "|"]
+    lines += ["| " + " | ".join(map(_escape, row["cells"])) + " |" for row in context["rows"]]
+    lines += ["", context["caption"]]
+    if context["failures"]:
+        lines += ["", "## Failed", ""]
+        lines += [f"- `{fail['model']}` ({fail['what']}): {_escape(fail['error'])}" for fail in context["failures"]]
+    for figure in context["figures"]:
+        lines += ["", f"## {figure['title']}", "", f"![{figure['title']}]({figure['name']}.svg)", "", figure["caption"]]
+    if context["growth"]:
+        lines += ["", "Exponent of the growth with the number of pixels over the largest step of the resolution:", ""]
+        lines += ["| Model | Time | Memory |", "|---|--:|--:|"]
+        lines += ["| " + " | ".join(row) + " |" for row in context["growth"]]
+    lines += ["", "## Measured with", "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {_escape(str(value))} |" for key, value in context["environment"]]
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def write_report(
+    folder: Path, planned: Plan, measured: Measurement, accuracy: dict[str, float] | None = None
+) -> list[Path]:
+    """Write ``report.html``, ``report.md`` and the pictures of the latter.
+
+    Args:
+        folder: Where to.
+        planned: What was to be measured.
+        measured: What was measured; what is missing stays empty.
+        accuracy: Our own top-1 by model.
+
+    Returns:
+        The files.
+
+    Raises:
+        ImportError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("a report needs jinja2: pip install jinja2") from error
+    context = _context(planned, measured, accuracy or {})
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    inline = [{**figure, "svg": figure["svg"][figure["svg"].index("<svg") :]} for figure in context["figures"]]
+    page = jinja2.Environment(autoescape=True).from_string(template).render({**context, "figures": inline})
+    files = {"report.html": page, "report.md": _markdown(context)}
+    files |= {f"{figure['name']}.svg": figure["svg"] for figure in context["figures"]}
+    for name, text in files.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [folder / name for name in files]

@@ -1,0 +1,81 @@
+"""``visionmamba report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ._arguments import parse_size, resolve_models
+from ._common import CommandError, check_folder, one_line, progress
+from .bench import pick_device
+
+_SIZES = "224,384,512,768,1024,1536,2048"
+
+
+def _accuracy(path: Path | None) -> dict[str, float]:
+    from visionmamba.analysis.report import read_accuracy
+
+    if path is None:
+        return {}
+    try:
+        return read_accuracy(path)
+    except (ValueError, OSError) as error:
+        raise CommandError(f"--accuracy: {one_line(error)}") from error
+
+
+def report(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Models by name or pattern; by default all of 224 pixels and three of timm's."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.md and the measurements.")] = Path("report"),
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch of the table; 128 on a GPU, 1 on a CPU.")] = None,
+    sizes: Annotated[str, typer.Option(help="Resolutions of the plots.")] = _SIZES,
+    sweep: Annotated[
+        str | None, typer.Option(help="Models of those plots; by default one of each family and DeiT-S.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, tf32, bf16, fp16; bf16 on a GPU, fp32 on a CPU.")] = None,
+    training: Annotated[bool, typer.Option("--training/--no-training", help="Measure training steps too.")] = True,
+    accuracy: Annotated[
+        Path | None, typer.Option(help="CSV table of our own top-1: timm's columns model and top1.")
+    ] = None,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before those that are timed.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Steps that are timed; the median counts.")] = 20,
+    device: Annotated[str | None, typer.Option(help="Device; by default a GPU if there is one.")] = None,
+) -> None:
+    """Measure the zoo and write a report: a page that opens offline, and Markdown; an interrupted run is resumed."""
+    from visionmamba.analysis.bench import PRECISIONS, Results, Setting
+    from visionmamba.analysis.report import Measurement, default_models, plan, sweep_models, write_report
+
+    names = resolve_models(models) if models else default_models()
+    resolutions = [parse_size(word, "--sizes") for word in sizes.split(",")]
+    where = pick_device(device)
+    precision = precision or ("bf16" if where.type == "cuda" else "fp32")
+    if precision not in PRECISIONS:
+        raise CommandError(f"--precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    ours = _accuracy(accuracy)
+    swept = resolve_models(sweep.split(",")) if sweep else sweep_models(names)
+    batch = batch or (128 if where.type == "cuda" else 1)
+    planned = plan(names, swept, resolutions, batch, training, precision)
+    try:
+        results = Results(check_folder(out) / "measurements", where)
+    except ValueError as error:
+        raise CommandError(f"--out: {one_line(error)}") from error
+    measured = Measurement(environment=results.environment)
+    settings = list(dict.fromkeys(planned.table + planned.sweep))
+    with progress(transient=True) as bar:
+        task = bar.add_task("measuring", total=len(settings))
+
+        def notify(setting: Setting, row: dict[str, Any]) -> None:
+            measured.rows[setting] = row
+            bar.update(task, advance=1, description=f"{setting.model} {setting.mode} {setting.img_size}")
+            if row["error"]:
+                typer.echo(f"error: {setting.model} at {setting.img_size}: {row['error']}", err=True)
+
+        results.measure(settings, where, warmup, repeats, notify)
+    for path in write_report(out, planned, measured, ours)[:2]:
+        typer.echo(f"report  {path}")
+    if all(row["error"] for row in measured.rows.values()):
+        raise typer.Exit(1)
