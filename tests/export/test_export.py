@@ -15,6 +15,7 @@ from visionmamba.export import (
 )
 from visionmamba.inference import input_size
 from visionmamba.ops import causal_conv1d, selective_scan
+from visionmamba.ops.ssd import ssd_scan
 
 FAMILIES = (
     "test_vim", "test_vmamba", "test_plainmamba", "test_local_vim", "test_local_vmamba", "test_efficient_vmamba",
@@ -69,6 +70,15 @@ def test_pt2(name, tmp_path):
 @pytest.mark.parametrize("format", ["pt2", "onnx"])
 def test_three_sizes(name, format, tmp_path):
     _check(name, format, 3, tmp_path)
+
+
+@pytest.mark.slow
+def test_onnx_of_a_model_on_mamba2(tmp_path):
+    _needs("onnx")
+    torch.manual_seed(0)
+    model, path = timm.create_model("vmamba_tiny_m2").eval(), tmp_path / "m2.onnx"
+    export_model(model, path, "onnx", (3, 32, 32))
+    compare_with_eager(model, path, "onnx", (3, 32, 32), (2,))
 
 
 @pytest.mark.slow
@@ -136,6 +146,38 @@ def test_standard_operators_equal_the_operators(path, grid, options):
     torch.manual_seed(0)
     model = _Ops(path, list(grid), **options)
     x = torch.randn(2, scan_path(path, grid).num_tokens, 3)
+    program = torch.export.export(model, (x,), strict=False).run_decompositions(standard_ops())
+    assert OPERATORS.strip(":") not in program.graph_module.code
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class _Ssd(torch.nn.Module):
+    """Mamba-2's scan with groups, a skip a channel, limits and a state."""
+
+    def __init__(self, merge):
+        super().__init__()
+        self.A = torch.nn.Parameter(-torch.rand(2, 4))
+        self.D = torch.nn.Parameter(torch.rand(2, 4, 3))
+        self.merge = merge
+
+    def forward(self, x):
+        each = x.unsqueeze(2).expand(-1, -1, 2, -1, -1)
+        B, C = each[..., :2, :].sin(), each[..., 2:, :].cos()
+        state = self.A[:, :, None, None].expand(x.shape[0], 2, 4, 3, 3)
+        y, last = ssd_scan(
+            x, each[..., 0], self.A, B, C, self.D, x if self.merge else each, self.A, state,
+            path="h,w2", grid=[3, 5], dt_limit=(0.1, 1.0), merge=self.merge,
+        )  # fmt: skip
+        return torch.cat([y.flatten(1), last.flatten(1)], dim=1)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_standard_ssd_equals_the_operator(merge):
+    from visionmamba.export.standard_ops import standard_ops
+
+    torch.manual_seed(0)
+    model, x = _Ssd(merge), torch.randn(2, 24, 4, 3)
     program = torch.export.export(model, (x,), strict=False).run_decompositions(standard_ops())
     assert OPERATORS.strip(":") not in program.graph_module.code
     with torch.no_grad():

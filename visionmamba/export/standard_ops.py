@@ -4,7 +4,8 @@ Each function computes what the dispatcher op of its name computes, from gathers
 ``scan`` (a loop whose body runs once a step). Exporters know ``scan``: it becomes ONNX's ``Scan`` and a C++ loop in an
 AOTInductor package. The scan path is a constant table in the graph, so a graph holds for one image size.
 
-Glossary: B batch, L tokens, K directions, T steps, D channels, N states, R rank of the step sizes, W taps.
+Glossary: B batch, L tokens, K directions, T steps, D channels, N states, R rank of the step sizes, W taps,
+H heads of P channels, G groups of heads.
 """
 
 from __future__ import annotations
@@ -110,6 +111,44 @@ def _causal_conv1d(x, weight, bias, seq_idx, initial_states, path, grid, silu):
     return out.to(x.dtype), torch.stack(final, dim=1).to(x.dtype)
 
 
+def _ssd(
+    x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, path, grid, dt_softplus, dt_min, dt_max, merge, chunk_size
+):
+    """Return Mamba-2's scan as Mamba's: heads H of P channels share a step size, groups G of heads share B and C."""
+    heads, head_dim, directions = x.shape[-2], x.shape[-1], A.shape[0]
+    if seq_idx is not None:
+        raise ValueError("seq_idx: packed sequences cannot be exported")
+    table = _table(path, grid)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    step = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
+    step = (F.softplus(step) if dt_softplus else step).clamp(dt_min, dt_max)
+    step = _steps(step, table.order)  # (T, B, K, H)
+    if (table.order < 0).any():
+        step = step * _mask(table.order, dtype).unsqueeze(1)
+    x_t = _steps(x.flatten(-2), table.order).to(dtype).unflatten(-1, (heads, head_dim))
+    B_t, C_t = (_steps(y.flatten(-2), table.order).to(dtype).unflatten(-1, y.shape[-2:]) for y in (B, C))
+    decay = torch.exp(step * A.to(dtype))
+
+    def advance(h, xs):
+        decay, drive, B, C = xs
+        B, C = (y.repeat_interleave(heads // y.shape[-2], dim=-2).unsqueeze(-2) for y in (B, C))
+        # h_t = exp(Delta A) h_{t-1} + Delta x B^T, y_t = h_t C               (B, K, H, P, N), (B, K, H, P)
+        h = decay[..., None, None] * h + drive.unsqueeze(-1) * B
+        return h, (h * C).sum(-1)
+
+    h = x.new_zeros((x.shape[0], directions, heads, head_dim, B.shape[-1]), dtype=dtype)
+    h = h if initial_states is None else initial_states.to(dtype)
+    xs = (decay, step.unsqueeze(-1) * x_t, B_t, C_t)
+    h, y = scan(advance, h.contiguous(), tuple(t.contiguous() for t in xs))
+    if D is not None:
+        y = y + D.to(dtype).reshape(directions, heads, -1) * x_t
+    y = _tokens(y.flatten(-2), table).unflatten(-1, (heads, head_dim))
+    y = y.sum(2) if merge else y
+    if z is not None:
+        y = y * F.silu((z if z.dim() == y.dim() else z.unsqueeze(2)).to(dtype))
+    return y.to(x.dtype), h
+
+
 def _scan_moves(like, path, grid, in_step_order):
     codes = move_codes(path, tuple(int(size) for size in grid), in_step_order)
     return torch.from_numpy(np.eye(NUM_MOVES, dtype=np.float32)[codes]).to(like.dtype)
@@ -122,4 +161,5 @@ def standard_ops() -> dict[torch._ops.OpOverload, object]:
         ops.selective_scan.default: _selective_scan,
         ops.causal_conv1d.default: _causal_conv1d,
         ops.scan_moves.default: _scan_moves,
+        ops.ssd.default: _ssd,
     }
