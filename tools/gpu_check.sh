@@ -1,25 +1,57 @@
 #!/usr/bin/env bash
 # Every GPU test and the operators' benchmark on one GPU, in under ten minutes: tools/gpu_check.sh [output folder]
+#
+# Kernels are checked first, and nothing else runs if that fails; each part's log is written as it runs. What is timed runs
+# alone; the tests, the training curves and the sanitizer share the GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu_check}
 mkdir -p "$out"
-export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}." PYTHONUNBUFFERED=1
-workers=$(python3 -c 'import os; print(max(1, min(12, (os.cpu_count() or 2) - 2)))')
-python3 -c 'import xdist' 2>/dev/null && parallel=(-n "$workers") || parallel=()
+export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}.:tools" PYTHONUNBUFFERED=1
+export VISIONMAMBA_CACHE_DIR=${VISIONMAMBA_CACHE_DIR:-$(mktemp -d)}
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "no CUDA device: nothing to check" >&2
+  exit 2
+fi
 status=0
-run() { echo "== $1"; shift; timeout 300 "$@" || status=1; }
+run() { # name, seconds, command...
+  local name=$1 seconds=$2 begin=$SECONDS code=0
+  shift 2
+  timeout -k 5 "$seconds" "$@" >"$out/$name.txt" 2>&1 || { code=$?; status=1; }
+  echo "== $name: exit $code after $((SECONDS - begin)) s"
+  tail -n "${lines:-3}" "$out/$name.txt"
+  return $code
+}
+test="$python -m pytest -q -p no:cacheprovider --no-header -rf"
 
-run "GPU tests" python3 -m pytest -q -m "gpu and not slow" tests/gpu tests/ops -p no:cacheprovider "${parallel[@]}" \
-  >"$out/tests.txt" 2>&1
-tail -n 3 "$out/tests.txt"
-run "more than 2^31 elements" python3 -m pytest -q -m "gpu and slow" tests/gpu -p no:cacheprovider >"$out/large.txt" 2>&1
-tail -n 1 "$out/large.txt"
-run "benchmark" python3 tools/bench_ops.py --output "$out/ops" | tee "$out/bench.txt"
+lines=30 run kernels 90 "$python" -m visionmamba doctor --gpu || exit 1
+
+cases=$("$python" -c 'import bench_ops; print(*bench_ops.CASES)')
+for case in $cases; do # fill the cache of compiled kernels, in parallel
+  timeout 60 "$python" tools/bench_ops.py --cases "$case" --repeats 1 >"$out/.warm.txt" 2>&1 &
+done
+wait
+lines=20 run bench 100 "$python" tools/bench_ops.py --output "$out/ops"
+run loader 60 $test tests/gpu/test_loader.py -s
+lines=5 run tilings_compile 60 "$python" tools/bench_tilings.py --compile-only
+lines=120 run tilings 50 "$python" tools/bench_tilings.py
+
+for model in vim_tiny_patch16_224 vmamba_tiny_s1l8; do
+  for precision in fp32 bf16 fp16; do
+    timeout 170 "$python" tools/train_curves.py "$model" --precision $precision --output "$out/curves.csv" >"$out/.$model$precision" 2>&1 &
+  done
+done
+(lines=4 run large 120 $test -m "gpu and slow" tests/gpu) >"$out/large_summary.txt" 2>&1 &
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 python3 tools/gpu_sanitize.py >"$out/$tool.txt" 2>&1
-    tail -n 1 "$out/$tool.txt"
+    run "$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/gpu_sanitize.py >"$out/${tool}_summary.txt" 2>&1 &
   done
 fi
+lines=40 run tests 170 $test -n 10 -m "gpu and not slow" tests/gpu tests/ops tests/models/test_gpu_goldens.py tests/language/test_gpu.py \
+  --deselect tests/gpu/test_loader.py
+wait
+cat "$out"/*_summary.txt
+[ -f "$out/curves.csv" ] && run curves 20 "$python" tools/train_curves.py --compare "$out/curves.csv"
+tail -n 3 "$out"/.v* | grep -i error
 exit $status

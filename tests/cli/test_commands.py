@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 import visionmamba
 from visionmamba.cli import commands
@@ -154,3 +155,27 @@ def test_model_that_needs_a_missing_package(run, monkeypatch):
 def test_commands_are_files():
     assert all(isinstance(path, Path) and path.is_file() for path in commands().values())
     assert not any(name.startswith("_") for name in commands())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_doctor_checks_no_kernels_without_a_gpu(run, options):
+    result = run("doctor", "--gpu", *options)
+    assert result.status == 1
+    assert "this machine has no GPU that PyTorch can use" in result.err
+    assert len(result.err.strip().splitlines()) == 1
+
+
+def test_kernel_checks_find_what_is_wrong(monkeypatch):
+    from visionmamba.cli import _kernel_checks
+
+    cases = [case for case in _kernel_checks._CASES if case[0] == "causal_conv1d"]
+    monkeypatch.setattr(_kernel_checks, "_CASES", cases)
+    (good,) = _kernel_checks.check_kernels("cpu")
+    assert good.backend == "cpu" and good.problem is None and good.error < 1e-5
+    plain = _kernel_checks._run
+    monkeypatch.setattr(
+        _kernel_checks, "_run", lambda name, *rest: [x + 0.1 * (name == "cpu") for x in plain(name, *rest)]
+    )
+    (bad,) = _kernel_checks.check_kernels("cpu")
+    assert "differs from plain PyTorch" in bad.problem

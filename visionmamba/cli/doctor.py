@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from typing import Any
+from typing import Annotated, Any
 
-from ._common import JsonOption, console, print_json
+import typer
+
+from ._common import CommandError, JsonOption, console, print_json
 
 _PACKAGES = (
     "visionmamba",
@@ -85,10 +87,38 @@ def _reason(row: dict[str, Any], backend: str, reason: str | None) -> str:
     return reason or "can run; another is preferred"
 
 
-def doctor(as_json: JsonOption = False) -> None:
+def _check_gpu(as_json: bool) -> None:
+    """Run every kernel on the GPU and compare it with plain PyTorch; exit with status 1 if one fails."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise CommandError("--gpu: this machine has no GPU that PyTorch can use, so there is no kernel to check")
+    from ._kernel_checks import Check, check_kernels
+
+    out = console()
+
+    def show(check: Check) -> None:
+        verdict = "[green]ok[/green]" if check.problem is None else f"[red]FAILED[/red] {check.problem}"
+        error = "" if check.error is None else f"error {check.error:.1e}, "
+        out.print(f"{check.op:24s}{check.backend:8s}{check.case:26s}{error}{check.seconds:.2f} s  {verdict}")
+
+    checks = check_kernels("cuda", (lambda _check: None) if as_json else show)
+    if as_json:
+        print_json([check._asdict() for check in checks])
+    if any(check.problem is not None for check in checks):
+        raise typer.Exit(1)
+
+
+def doctor(
+    as_json: JsonOption = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Compile, run and check every kernel on the GPU.")] = False,
+) -> None:
     """Say what this machine has, which backend each operator uses on it, and why not the others."""
     from rich.table import Table
 
+    if gpu:
+        _check_gpu(as_json)
+        return
     devices = _devices()
     report = {
         "platform": platform.platform(),
