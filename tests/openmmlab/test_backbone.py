@@ -17,7 +17,7 @@ from golden import golden  # noqa: E402
 from mmengine.config import ConfigDict  # noqa: E402
 from mmengine.registry import MODELS  # noqa: E402
 
-from visionmamba.models import plainmamba  # noqa: E402
+from visionmamba.models import plainmamba, vim  # noqa: E402
 from visionmamba.models._checkpoint import CheckpointError  # noqa: E402
 from visionmamba.models.vmamba import official_state_dict  # noqa: E402
 
@@ -178,25 +178,166 @@ def test_classification_checkpoint(name, official, tmp_path):
         torch.testing.assert_close(backbone.out_norms.norms[-1].weight, classifier.norm.weight)
 
 
-def test_golden_detection_checkpoint(tmp_path):
-    """VMamba's own detection backbone, its weights as in a detector's checkpoint, against the official outputs."""
-    case = golden("vmamba/vmamba_tiny_s1l8_backbone")
+def official_gradients(module, pattern=""):
+    """Return the conversion of a backbone's gradients to its authors' names."""
+
+    def official(gradients, backbone):
+        norms = {
+            pattern.format(*key.removeprefix("out_norms.norms.").split(".")): value
+            for key, value in gradients.items()
+            if key.startswith("out_norms.")
+        }
+        ours = {key.removeprefix("model."): value for key, value in gradients.items() if key.startswith("model.")}
+        others = {key: value for key, value in gradients.items() if not key.startswith(("model.", "out_norms."))}
+        return module.official_state_dict(ours, backbone.model) | norms | others
+
+    return official
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("vmamba/vmamba_tiny_s1l8_backbone", marks=pytest.mark.slow),
+        "efficient_vmamba/efficient_vmamba_tiny_backbone",
+    ],
+)
+def test_golden_detection_checkpoint(name, tmp_path):
+    """The authors' detection backbones, their weights as in a detector's checkpoint, against the official outputs."""
+    case = golden(name)
     weights = {f"backbone.{key}": value for key, value in case.official_weights().items()}
     weights["neck.lateral_convs.0.conv.weight"] = torch.zeros(2, 2)
-    backbone = build("vmamba_tiny_s1l8", init_cfg=saved({"state_dict": weights, "meta": {}}, tmp_path))
+    backbone = build(case.entry["model"], init_cfg=saved({"state_dict": weights, "meta": {}}, tmp_path))
     backbone.init_weights()
     outputs = backbone.eval()(case.input)
     for i, output in enumerate(outputs):
         case.check_feature(f"out{i}", output)
     sum(output.pow(2).mean() for output in outputs).backward()
+    module = sys.modules[type(backbone.model).__module__]
+    case.check_gradients(backbone, official_gradients(module, "outnorm{}.{}"))
 
-    def official(gradients, _):
-        prefix = "out_norms.norms."
-        norms = {key.replace(prefix, "outnorm"): value for key, value in gradients.items() if key.startswith(prefix)}
-        ours = {key.removeprefix("model."): value for key, value in gradients.items() if not key.startswith(prefix)}
-        return official_state_dict(ours, backbone.model) | norms
 
-    case.check_gradients(backbone, official)
+@pytest.mark.slow
+def test_golden_vim_detection_backbone(tmp_path):
+    """The sum of the last block's two streams, rotated before each block, without a norm."""
+    case = golden("vim/vim_det_tiny_backbone_256")
+    backbone = build(
+        "vim_tiny_patch16_224", out_indices=[23], img_size=256, class_token="", global_pool="avg", rope="stream",
+        init_cfg=saved({"state_dict": case.official_weights(tables=True)}, tmp_path),
+    )  # fmt: skip
+    backbone.init_weights()
+    (feature,) = backbone.eval()(case.input)
+    case.check_logits(feature)
+    feature.pow(2).mean().backward()
+    case.check_gradients(backbone, official_gradients(vim))
+
+
+@pytest.mark.slow
+def test_golden_vim_segmentation_backbone(tmp_path):
+    """Mixer outputs of four blocks in four strides, by the name and the arguments of the authors' configs."""
+    case = golden("vim/vim_seg_tiny_backbone_128")
+    flags = {key: value for key, value in case.info["ctor"].items() if key not in ("pretrained", "channels")}
+    flags["channels"] = flags.pop("in_chans")
+    config = dict(type="VisionMambaSeg", norm_cfg=dict(type="BN"), **flags)
+    config["init_cfg"] = saved({"state_dict": case.official_weights(tables=True)}, tmp_path)
+    backbone = MODELS.build(config).eval()
+    backbone.init_weights()
+    maps = backbone(case.input)
+    assert [list(feature.shape) for feature in maps] == case.info["output_shapes"]
+    logits = torch.cat([feature.flatten() for feature in maps])
+    case.check_logits(logits)
+    logits.pow(2).mean().backward()
+    unused = {"norm_f.weight": torch.full((192,), torch.nan)}  # theirs keeps it, without a gradient
+    case.check_gradients(backbone, lambda *args: official_gradients(vim)(*args) | unused)
+
+
+def test_names_and_arguments_of_old_configs():
+    """The authors' arguments build the same functions as the zoo's names."""
+    with torch.device("meta"):
+        old = MODELS.build(
+            dict(
+                type="MM_VSSM", out_indices=(0, 1, 2, 3), dims=96, depths=(2, 2, 8, 2), ssm_d_state=1, ssm_ratio=1.0,
+                ssm_dt_rank="auto", ssm_conv=3, ssm_conv_bias=False, forward_type="v05_noz", mlp_ratio=4.0,
+                downsample_version="v3", patchembed_version="v2", drop_path_rate=0.2, norm_layer="ln2d",
+                window_size=7, pretrained="weights.pth",
+            )
+        )  # fmt: skip
+        vanilla = MODELS.build(dict(type="MM_VSSM", dims=96, depths=(2, 2, 9, 2), drop_path_rate=0.2))
+        pairs = [
+            (old, build("vmamba_tiny_s1l8")),
+            (vanilla, build("vanilla_vmamba_tiny")),
+            (MODELS.build(dict(type="PlainMambaSeg", arch="L1")), build("plainmamba_l1")),
+        ]
+    for alias, ours in pairs:
+        shapes = [{key: value.shape for key, value in module.state_dict().items()} for module in (alias, ours)]
+        assert shapes[0] == shapes[1]
+    assert old.init_cfg == dict(type="Pretrained", checkpoint="weights.pth")
+    with pytest.raises(ValueError, match="arch: expected L1, L2 or L3, got 'L4'"):
+        MODELS.build(dict(type="PlainMambaSeg", arch="L4"))
+
+
+def adapter(**kwargs):
+    torch.manual_seed(0)
+    config = dict(type="VisionMambaAdapter", model_name="test_plainmamba", patch_size=16, num_heads=4)
+    return MODELS.build({**config, "norm_cfg": dict(type="BN"), **kwargs})
+
+
+def test_adapter():
+    """Four strides of images of any size; every parameter trained; the model itself untouched at the start."""
+    backbone = adapter().train()
+    maps = backbone(image(2, 3, 72, 90))
+    assert [tuple(feature.shape[1:]) for feature in maps] == [(48, 24, 24), (48, 12, 12), (48, 6, 6), (48, 3, 3)]
+    sum(feature.pow(2).mean() for feature in maps).backward()
+    assert [key for key, parameter in backbone.named_parameters() if parameter.grad is None] == []
+    recomputing = adapter(with_cp=True).train()
+    sum(feature.pow(2).mean() for feature in recomputing(image(2, 3, 72, 90))).backward()
+    torch.testing.assert_close(recomputing.level_embed.grad, backbone.level_embed.grad)
+    seen = []
+    backbone.eval().model.blocks[-1].register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    x = image(1, 3, 64, 96)
+    backbone(x)
+    backbone.model(x)
+    torch.testing.assert_close(seen[0], seen[1])  # injections start at zero
+    for model_name, kwargs in (("test_vmamba", {}), ("test_plainmamba", {"patch_size": 8})):
+        with pytest.raises(ValueError, match="model_name: expected a plain model with tokens of stride 16"):
+            MODELS.build(dict(type="VisionMambaAdapter", model_name=model_name, **kwargs))
+
+
+def test_adapter_checkpoints(tmp_path):
+    classifier = perturbed(timm.create_model("test_plainmamba", patch_size=16))
+    backbone = adapter(init_cfg=saved(classifier.state_dict(), tmp_path))
+    before = backbone.level_embed.clone()
+    backbone.init_weights()
+    torch.testing.assert_close(backbone.model.blocks[1].norm.weight, classifier.blocks[1].norm.weight)
+    assert torch.equal(backbone.level_embed, before)
+    weights = plainmamba.official_state_dict(classifier.state_dict(), classifier)
+    parts = {f"backbone.{key}": value + 1 for key, value in backbone.state_dict().items() if "model." not in key}
+    detector = {key: value for key, value in weights.items() if key.startswith("backbone.")} | parts
+    loaded = adapter(init_cfg=saved({"state_dict": detector}, tmp_path))
+    loaded.init_weights()
+    torch.testing.assert_close(loaded.level_embed, before + 1)
+    del detector["backbone.interactions.1.injector.gamma"]
+    with pytest.raises(CheckpointError, match=r"1 missing \(interactions.1.injector.gamma\)"):
+        adapter(init_cfg=saved({"state_dict": detector}, tmp_path)).init_weights()
+
+
+def test_published_weights(monkeypatch, tmp_path):
+    """The word stands for what the model's cfg points at; a class token that the backbone lacks is taken out."""
+    from visionmamba.models._builder import WeightsUnavailableError
+    from visionmamba.openmmlab import weights as module
+
+    with pytest.raises(WeightsUnavailableError, match="test_vmamba: its authors published no weights"):
+        build(init_cfg=dict(type="Pretrained", checkpoint="published")).init_weights()
+    classifier = perturbed(timm.create_model("test_vim"))
+    path = saved(vim.official_state_dict(classifier.state_dict(), classifier), tmp_path)["checkpoint"]
+    cfg = timm.models.get_pretrained_cfg("test_vim")
+    cfg.file = path
+    monkeypatch.setattr(module, "get_pretrained_cfg", lambda _name: cfg)
+    kwargs = dict(class_token="", global_pool="avg", init_cfg=dict(type="Pretrained", checkpoint="published"))
+    backbone = build("test_vim", **kwargs)
+    backbone.init_weights()
+    middle = (classifier.pos_embed.shape[1] - 1) // 2
+    expected = torch.cat([classifier.pos_embed[:, :middle], classifier.pos_embed[:, middle + 1 :]], dim=1)
+    torch.testing.assert_close(backbone.model.pos_embed, expected)
 
 
 def test_checkpoint_of_a_detector_of_ours(tmp_path):

@@ -36,14 +36,18 @@ allow_runner_checkpoints()
 install()  # before anything imports mmcv.ops
 
 from .adapter import VisionMambaAdapter  # noqa: E402
+from .aliases import MM_VSSM, PlainMambaSeg, VisionMambaSeg  # noqa: E402
 from .backbone import VisionMambaBackbone  # noqa: E402
 from .neck import VisionMambaFeaturePyramid, ViTDetFeaturePyramid  # noqa: E402
 
 __all__ = [
+    "MM_VSSM",
+    "PlainMambaSeg",
     "ViTDetFeaturePyramid",
     "VisionMambaAdapter",
     "VisionMambaBackbone",
     "VisionMambaFeaturePyramid",
+    "VisionMambaSeg",
     "allow_runner_checkpoints",
     "find_mmseg_configs",
     "install",

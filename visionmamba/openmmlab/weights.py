@@ -47,11 +47,14 @@ def read_weights(checkpoint: str, model_name: str) -> Tensors:
     return load_checkpoint_file(checkpoint)
 
 
-def _check(weights: Tensors, module: torch.nn.Module, ignored: tuple[str, ...], name: str, whole: Tensors) -> None:
+def _check(
+    weights: Tensors, module: torch.nn.Module, ignored: tuple[str, ...], name: str, whole: Tensors | None = None
+) -> None:
+    """Raise if weights do not fit; say which models the whole checkpoint would fit, if it is given."""
     differences = {kind: keys for kind, keys in find_differences(weights, module, ignored).items() if keys}
     if differences:
         listing = "; ".join(f"{len(keys)} {kind} ({abbreviated(keys)})" for kind, keys in differences.items())
-        fitting = fitting_models(whole)
+        fitting = fitting_models(whole) if whole else []
         hint = f" It fits {', '.join(fitting)}." if fitting else ""
         raise CheckpointError(f"{name}: the checkpoint does not fit: {listing}.{hint}")
 
@@ -129,5 +132,5 @@ def fit_weights(state_dict: Tensors, backbone: VisionMambaBackbone) -> Tensors:
     kept = backbone.model.state_dict()
     ours = {f"model.{key}": value for key, value in converted.items() if key in kept}
     if adapter:
-        _check(adapter, backbone, ("model.",), backbone.model_name, state_dict)
+        _check(adapter, backbone, ("model.",), backbone.model_name)
     return ours | adapter | _fit_out_norms(norms, final, backbone)
