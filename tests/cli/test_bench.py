@@ -80,9 +80,10 @@ def test_cuda_graphs_on_a_cpu_are_refused_in_the_row(run, tmp_path):
 
 def test_json_and_precision(run, tmp_path):
     flags = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
-    arguments = ("--precision", "fp32,bf16", "--channels-last", *QUICK, "--out", tmp_path, "--json")
-    report = json.loads(run("bench", "test_vmamba", *arguments).out)
-    assert [row["precision"] for row in report["rows"]] == ["fp32", "bf16"]
+    arguments = ("--precision", "fp32,bf16", "--mode", "infer,train", "--channels-last", *QUICK, "--out", tmp_path)
+    report = json.loads(run("bench", "test_vmamba", *arguments, "--json").out)
+    assert [row["precision"] for row in report["rows"]] == ["fp32", "bf16"] * 2
+    assert not any(row["error"] for row in report["rows"])
     assert report["environment"]["device_type"] == "cpu"
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == flags
 

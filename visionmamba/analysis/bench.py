@@ -104,28 +104,35 @@ def create_for_size(name: str, size: tuple[int, int], device: Any = None) -> nn.
 
 
 @contextlib.contextmanager
-def _arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """Compute in a precision, and leave everything as it was."""
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """Multiply float32 matrices in TF32 or not, and leave everything as it was."""
     matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     try:
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = cudnn
 
 
-def _step(model: nn.Module, x: torch.Tensor, training: bool) -> Callable[[], None]:
+def _step(model: nn.Module, x: torch.Tensor, setting: Setting) -> Callable[[], None]:
+    """Return a step of inference or training.
+
+    Autocast begins anew in each, as it does in use: it keeps the weights that it has cast until it ends. A graph cannot
+    hold on to those.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(setting.precision)
+    training = setting.mode == "train"
+    options = dict(dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=setting.run != "graph")
+
     def step() -> None:
         if training:
             model.zero_grad(set_to_none=True)
-            model(x).float().square().mean().backward()
-        else:
-            with torch.no_grad():
-                model(x)
+        with torch.set_grad_enabled(training), torch.autocast(x.device.type, **options):
+            out = model(x)
+        if training:
+            out.float().square().mean().backward()
 
     return step
 
@@ -215,8 +222,8 @@ def measure(setting: Setting, device: torch.device, warmup: int = 5, repeats: in
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with _arithmetic(setting.precision, device):
-        step = _step(torch.compile(model) if setting.run == "compile" else model, x, training)
+    with _matmul_precision(setting.precision):
+        step = _step(torch.compile(model) if setting.run == "compile" else model, x, setting)
         if setting.run == "graph":
             step = _graphed(step, device)
         times = _times(step, device, warmup, repeats)
