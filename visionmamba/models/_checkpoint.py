@@ -118,7 +118,8 @@ def load_checkpoint_file(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     Args:
         path: A ``.safetensors`` file, or anything ``torch.save`` wrote: a state dict, bare or nested under ``model``,
             ``state_dict`` or ``model_ema`` (the plain weights are preferred to the averaged ones, as the authors'
-            evaluations do).
+            evaluations do). Or a folder in the Hugging Face Hub's layout, with ``model.safetensors``, as timm's
+            ``local-dir:FOLDER`` names it.
 
     Returns:
         The state dict, without wrappers' prefixes.
@@ -128,6 +129,8 @@ def load_checkpoint_file(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         CheckpointError: The file cannot be read, holds no tensors, or holds code.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     if path.suffix == _HF_SAFETENSORS:

@@ -463,13 +463,14 @@ def _create_mamba_nd(variant: str, pretrained: bool, model_args: dict[str, Any],
     depth = kwargs.get("depth", model_args["depth"])
     quarters = tuple(round(depth * part / 4) - 1 for part in (1, 2, 3, 4))
     feature_cfg = {"out_indices": kwargs.pop("out_indices", quarters), "feature_cls": "getter"}
+    published = {"num_frames": model_args.get("num_frames"), **kwargs.pop("pretrained_model_args", {})}
     return build_model(
         MambaND,
         variant,
         pretrained,
         checkpoint_filter_fn,
         feature_cfg=feature_cfg,
-        pretrained_model_args={"num_frames": model_args.get("num_frames")},
+        pretrained_model_args=published,
         **{**model_args, **kwargs},
     )
 

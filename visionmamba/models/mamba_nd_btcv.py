@@ -269,6 +269,6 @@ def mamba3d_small_btcv(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         pretrained,
         checkpoint_filter_fn,
         feature_cfg=feature_cfg,
-        pretrained_model_args={"num_frames": _NOMINAL_SIZE},
+        pretrained_model_args={"num_frames": _NOMINAL_SIZE, **kwargs.pop("pretrained_model_args", {})},
         **{"embed_dim": 384, "depth": 24, **kwargs},
     )

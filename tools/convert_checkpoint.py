@@ -1,0 +1,38 @@
+"""Convert a checkpoint: from the authors' layout to this project's, back, or to a folder for the Hugging Face Hub.
+
+python tools/convert_checkpoint.py vim_tiny_patch16_224 vim_t_midclstok_76p1acc.pth vim_tiny.safetensors
+python tools/convert_checkpoint.py vim_tiny_patch16_224 vim_tiny.safetensors authors.pth --to official
+python tools/convert_checkpoint.py vim_tiny_patch16_224 vim_tiny.safetensors hub/vim_tiny --to hub
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from visionmamba.conversion import write_hub_folder, write_official, write_ours
+
+WRITERS = {"ours": write_ours, "official": write_official, "hub": write_hub_folder}
+
+
+def main(arguments: list[str]) -> int:
+    """Convert; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the model's timm name")
+    parser.add_argument("checkpoint", type=Path, help="the weights, in any layout of the model's family")
+    parser.add_argument("out", type=Path, help="file to write; a folder with --to hub")
+    parser.add_argument("--to", choices=WRITERS, default="ours", help="layout to write (default: ours)")
+    parser.add_argument("--num-classes", type=int, help="classes of the checkpoint, where they are not the model's")
+    given = parser.parse_args(arguments)
+    try:
+        WRITERS[given.to](given.model, given.checkpoint, given.out, given.num_classes)
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(f"wrote {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
