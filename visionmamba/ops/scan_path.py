@@ -34,6 +34,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
+from ._scratch import scratch
+
 __all__ = [
     "ScanPath",
     "gather_steps",
@@ -250,20 +252,27 @@ def scan_order(name: str, grid: tuple[int, ...], device: torch.device) -> torch.
     return _cached_order(name, tuple(int(size) for size in grid), device)
 
 
-def gather_steps(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def gather_steps(
+    x: torch.Tensor, index: torch.Tensor, dtype: torch.dtype | None = None, name: str | None = None
+) -> torch.Tensor:
     """Take rows of tokens in the order of a path's steps.
 
     Args:
         x: ``(B, L, C)``, the same for all directions, or ``(B, L, K, C)``.
         index: Rows to take, ``(K, T)`` int64.
+        dtype: Of the result; that of ``x`` by default.
+        name: Scratch buffer to take them into.
 
     Returns:
-        A new tensor ``(B, K, T, C)``.
+        ``(B, K, T, C)``: a new tensor, or the scratch buffer.
     """
     if x.dim() == 4:
         index = index * x.shape[2] + torch.arange(x.shape[2], device=x.device).unsqueeze(1)
         x = x.flatten(1, 2)
-    return x.index_select(1, index.flatten()).unflatten(1, index.shape)
+    if name is None or dtype not in (None, x.dtype):
+        return x.index_select(1, index.flatten()).unflatten(1, index.shape).to(dtype or x.dtype)
+    out = scratch(name, (x.shape[0], index.numel(), x.shape[2]), x.device, x.dtype)
+    return torch.index_select(x, 1, index.flatten(), out=out).unflatten(1, index.shape)
 
 
 def visited_steps(name: str, grid: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:

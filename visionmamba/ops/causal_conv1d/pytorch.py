@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
+from .._scratch import scratch
 from ..backend import Implementation, register_implementation
 from ..scan_path import gather_steps, scan_inverse, scan_order, scan_path, visited_steps
 
@@ -41,14 +43,12 @@ def _walk(x, weight, seq_idx, initial_states, path, grid) -> _Walk:
     dtype = torch.promote_types(x.dtype, torch.float32)
     order = scan_order(path, tuple(grid), x.device).long()
     token, visited = order.clamp(min=0), visited_steps(path, grid, x.device, dtype)
-    steps = gather_steps(x, token).to(dtype)
-    if visited is not None:
-        steps.mul_(visited)
     past = weight.shape[2] - 1
-    if initial_states is None:
-        window = F.pad(steps, (0, 0, past, 0))
-    else:
-        window = torch.cat([initial_states.to(dtype).transpose(-1, -2), steps], dim=2)
+    before = token[:, :1].expand(-1, past)  # any tokens: they are overwritten
+    window = gather_steps(x, torch.cat([before, token], dim=1), dtype, "window")
+    window[:, :, :past] = 0 if initial_states is None else initial_states.transpose(-1, -2)
+    if visited is not None:
+        window[:, :, past:].mul_(visited)
     sequence = None
     if seq_idx is not None:
         sequence = seq_idx[:, token].unsqueeze(-1)
@@ -59,20 +59,32 @@ def _walk(x, weight, seq_idx, initial_states, path, grid) -> _Walk:
 def _preactivation(walk: _Walk, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     width = weight.shape[2]
     taps = weight.to(walk.window.dtype).permute(2, 0, 1).unsqueeze(2).contiguous()  # (W, K, 1, D)
-    total = walk.tap(0) * taps[width - 1]
+    out = scratch("total", walk.tap(0).shape, weight.device, taps.dtype)
+    total = (
+        torch.mul(walk.tap(0), taps[-1], out=out)
+        if bias is None
+        else torch.addcmul(bias.to(taps.dtype).unsqueeze(1), walk.tap(0), taps[-1], out=out)
+    )
     for j in range(1, width):
         total.addcmul_(walk.tap(j), taps[width - 1 - j])
-    return total if bias is None else total.add_(bias.to(total.dtype).unsqueeze(1))
+    return total
+
+
+@lru_cache(maxsize=1024)
+def _token_rows(path: str, grid: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the rows (L, K) of (K P) that hold each token, and where there is none (L, K, 1), or None."""
+    step = scan_inverse(path, grid, device).long().t()
+    first = scan_path(path, grid).num_steps * torch.arange(step.shape[1], device=device)
+    missing = step < 0
+    return step.clamp(min=0) + first, missing.unsqueeze(-1) if missing.any() else None
 
 
 def _to_tokens(values: torch.Tensor, path: str, grid: list[int]) -> torch.Tensor:
     """Bring (B, K, P, D) from path order to the tokens' order, (B, L, K, D), with 0 where a token is not visited."""
-    step = scan_inverse(path, tuple(grid), values.device).long()  # (K, L)
-    index = step.clamp(min=0) + values.shape[2] * torch.arange(len(step), device=values.device).unsqueeze(1)
-    tokens = values.flatten(1, 2).index_select(1, index.t().flatten()).unflatten(1, index.t().shape)
-    if (scan_path(path, grid).inverse < 0).any():
-        tokens.mul_((step >= 0).t().unsqueeze(-1))
-    return tokens
+    with torch.inference_mode(False):  # the table outlives the caller's mode
+        rows, missing = _token_rows(path, tuple(grid), values.device)
+    tokens = values.flatten(1, 2).index_select(1, rows.flatten()).unflatten(1, rows.shape)
+    return tokens if missing is None else tokens.masked_fill_(missing, 0.0)
 
 
 def forward(x, weight, bias, seq_idx, initial_states, path, grid, silu):
@@ -89,6 +101,8 @@ def _final_index(walk: _Walk, past: int) -> torch.Tensor:
 
 
 def _final_states(walk: _Walk, past: int) -> torch.Tensor:
+    if walk.visited is None:
+        return walk.window[:, :, walk.window.shape[2] - past :].transpose(-1, -2).contiguous()
     index = _final_index(walk, past)
     directions = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
     return walk.window[:, directions, index].transpose(-1, -2).contiguous()  # (B, K, D, W - 1)
@@ -98,7 +112,7 @@ def backward(dout, dfinal, x, weight, bias, seq_idx, initial_states, path, grid,
     """Compute the gradients of x, weight, bias and initial_states; None for absent ones."""
     walk = _walk(x, weight, seq_idx, initial_states, path, grid)
     dtype, width, steps = walk.window.dtype, weight.shape[2], walk.token.shape[1]
-    dtotal = gather_steps(dout, walk.token).to(dtype)
+    dtotal = gather_steps(dout, walk.token, dtype)
     if walk.visited is not None:
         dtotal.mul_(walk.visited)
     if silu:

@@ -11,13 +11,13 @@ states at the beginning of each block are kept between the two. Channels are the
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
+from .._scratch import scratch
 from ..backend import Implementation, register_implementation
 from ..scan_path import gather_steps, scan_order, scatter_steps_, visited_steps
 
@@ -28,20 +28,6 @@ _BLOCK_ELEMENTS = 1 << 22
 
 _STEP_ELEMENTS = 4096
 """States (B, K, N, D) of one step from which on a CPU walks step by step."""
-
-
-_scratch = threading.local()
-
-
-def _buffer(name: str, shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return uninitialised memory of this thread; on a CPU kept from call to call, where fresh pages are dear."""
-    size = math.prod(shape)
-    if like.device.type != "cpu" or size > _BLOCK_ELEMENTS:
-        return like.new_empty(shape, dtype=dtype)
-    kept = _scratch.__dict__.setdefault((name, dtype), [])
-    if not kept or kept[0].numel() < size:
-        kept[:] = [torch.empty(size, dtype=dtype)]
-    return kept[0][:size].view(shape)
 
 
 @dataclass
@@ -76,10 +62,9 @@ def _walk_rows_(columns: _Steps, h: torch.Tensor) -> torch.Tensor:
         b.addcmul_(a, b_before)
         a.mul_(a_before)
     states = _walk_(list(zip(*(x.unbind(2) for x in columns[-1]), strict=True)), h)
-    if len(columns) > 1:
-        before = torch.stack(states[:-1], dim=2)
-        for a, b in columns[:-1]:
-            b.addcmul_(a, before)
+    before = torch.stack(states[:-1], dim=2)
+    for a, b in columns[:-1]:
+        b.addcmul_(a, before)
     return states[-1]
 
 
@@ -95,8 +80,11 @@ def scan_states_(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> torch.Ten
         ``b``, which now holds every h_t.
     """
     steps = a.shape[2]
-    by_steps = h.device.type == "cpu" and h.numel() >= _STEP_ELEMENTS
-    length = 1 if by_steps else math.isqrt(steps)
+    if h.device.type == "cpu" and h.numel() >= _STEP_ELEMENTS:
+        for a_t, b_t in zip(a.unbind(2), b.unbind(2), strict=True):
+            h = b_t.addcmul_(a_t, h)
+        return b
+    length = math.isqrt(steps)
     whole = steps - steps % length
     rows = (x[:, :, :whole].unflatten(2, (-1, length)).unbind(3) for x in (a, b))
     h = _walk_rows_(list(zip(*rows, strict=True)), h)
@@ -137,10 +125,14 @@ class _Scan:
         length = max(1, _BLOCK_ELEMENTS // max(1, u.shape[0] * directions * channels * states))
         self.starts = range(0, self.num_steps, min(self.num_steps, length))
 
+    def buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Scratch memory in the scan's dtype."""
+        return scratch(name, like.shape, like.device, self.dtype)
+
     def product(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return x y, (B, K, T, N, D), in the buffer ``name``."""
         _, states, channels = self.A.shape
-        return torch.mul(x, y, out=_buffer(name, (*x.shape[:3], states, channels), x, self.dtype))
+        return torch.mul(x, y, out=scratch(name, (*x.shape[:3], states, channels), x.device, self.dtype))
 
     def block(self, start: int) -> _Block:
         order = self.order[:, start : start + self.starts.step]
@@ -149,24 +141,28 @@ class _Scan:
         if self.in_step_order:
             row = torch.arange(start, start + order.shape[1], device=order.device).expand_as(order)
         visited = self.visited if self.visited is None else self.visited[:, start : start + self.starts.step]
-        pre = gather_steps(self.delta, row).to(self.dtype)
+        pre = gather_steps(self.delta, row, self.dtype)
         if self.dt_weight is not None:
-            pre = pre @ self.dt_weight.transpose(1, 2)  # (B, K, T, R) x (K, R, D)
+            weight = self.dt_weight.transpose(1, 2)
+            out = scratch("pre", (*pre.shape[:3], weight.shape[2]), pre.device, self.dtype)
+            pre = torch.matmul(pre, weight, out=out)  # (B, K, T, R) x (K, R, D)
         if self.bias is not None:
             pre.add_(self.bias.unsqueeze(1))
         step = _masked(F.softplus(pre) if self.delta_softplus else pre, visited)
         a = self.product("a", step.unsqueeze(-2), self.A.unsqueeze(1)).exp_()
-        u, B, C = (gather_steps(x, i).to(self.dtype) for x, i in ((self.u, token), (self.B, row), (self.C, row)))
+        u = gather_steps(self.u, token, self.dtype, "u")
+        B, C = (gather_steps(x, row, self.dtype) for x in (self.B, self.C))
         return _Block(token, row, visited, u, pre, step, a, B, C)
 
     def states(self, block: _Block, h: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
         """h_t of every step of the block, (B, K, T, N, D), from the state before it; overwrites the copy of a."""
-        drive = self.product("states", (block.step * block.u).unsqueeze(-2), block.B.unsqueeze(-1))
+        stepped = torch.mul(block.step, block.u, out=self.buffer("stepped", block.u))
+        drive = self.product("states", stepped.unsqueeze(-2), block.B.unsqueeze(-1))
         return scan_states_(decay, drive, h)
 
     def outputs(self, block: _Block, h: torch.Tensor) -> torch.Tensor:
         """y_t of every step of the block, (B, K, T, D); 0 where there is no token."""
-        y = (block.C.unsqueeze(-2) @ h).squeeze(-2)
+        y = torch.matmul(block.C.unsqueeze(-2), h, out=self.buffer("y", block.u.unsqueeze(-2))).squeeze(-2)
         if self.D is not None:
             y.addcmul_(self.D.unsqueeze(1), block.u)
         return _masked(y, block.visited)
@@ -199,7 +195,7 @@ def forward(
         h = states[:, :, -1].clone()
         scatter_steps_(y, block.token, scan.outputs(block, states))
     if z is not None:
-        y = y * F.silu(_gate(z, y.dim()).to(scan.dtype))
+        y.mul_(F.silu(_gate(z, y.dim()).to(scan.dtype)))
     return y.to(u.dtype), h.transpose(2, 3).contiguous()
 
 
@@ -240,7 +236,7 @@ def backward(
     g = torch.zeros_like(h) if dlast is None else dlast.to(scan.dtype).transpose(2, 3)
     for start, carry in zip(reversed(scan.starts), reversed(carries), strict=True):
         block = scan.block(start)
-        decay = _buffer("decay", block.a.shape, u, scan.dtype)
+        decay = scratch("decay", block.a.shape, u.device, scan.dtype)
         states = scan.states(block, carry, decay.copy_(block.a))
         dy_t = _masked(gather_steps(dy, block.token), block.visited)
         # g_t = C_t dy_t + a_{t+1} g_{t+1}
@@ -267,7 +263,7 @@ def backward(
         if dbias is not None:
             dbias += dpre.sum((0, 2))
         if ddt_weight is not None:
-            ddt_weight += torch.einsum("bktd,bktr->kdr", dpre, gather_steps(delta, block.row).to(scan.dtype))
+            ddt_weight += torch.einsum("bktd,bktr->kdr", dpre, gather_steps(delta, block.row, scan.dtype))
             dpre = dpre @ scan.dt_weight
         scatter_steps_(ddelta, block.row, dpre)
     dinitial_state = None if initial_state is None else g.transpose(2, 3)
