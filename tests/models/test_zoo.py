@@ -11,6 +11,7 @@ from timm.models._features import FeatureGetterNet
 from timm.models._input import get_model_input_config
 
 from visionmamba.inference import input_size
+from visionmamba.layers import class_token_indices, remove_class_token
 from visionmamba.models import FAMILIES
 from visionmamba.zoo import model_names, published_top1, weights_source
 
@@ -167,6 +168,32 @@ def test_features_only_gives_the_intermediates(micro):
         *_, last = model.forward_intermediates(x, norm=True, intermediates_only=True)
         if final.dim() == last.dim():  # and not tokens
             torch.testing.assert_close(last.movedim(1, -1), final)
+
+
+def test_layouts_of_features(micro):
+    model, x = micro
+    with torch.no_grad():
+        features, last, tokens = (
+            model.forward_intermediates(x, indices=[0, 1], output_fmt=layout, intermediates_only=True)
+            for layout in ("NCHW", "NHWC", "NLC")
+        )
+    torch.testing.assert_close([feature.movedim(-1, 1) for feature in last], features, rtol=0, atol=0)
+    torch.testing.assert_close([feature.flatten(1, -2) for feature in last], tokens, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="output_fmt: expected NCHW, NHWC or NLC, got NHCW"):
+        model.forward_intermediates(x, output_fmt="NHCW")
+
+
+@pytest.mark.parametrize("class_token", ["head", "middle", "double"])
+def test_class_tokens_beside_features(class_token):
+    """Both together are the tokens that the model itself goes on with."""
+    model = timm.create_model("test_vim", class_token=class_token).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        final, features = model.forward_intermediates(x, 1, True, norm=True, output_fmt="NLC")
+    ((patches, tokens),) = features
+    rows = class_token_indices(class_token, 64)
+    torch.testing.assert_close(tokens, final[:, rows], rtol=0, atol=0)
+    torch.testing.assert_close(patches, remove_class_token(final, class_token), rtol=0, atol=0)
 
 
 def test_images_do_not_see_each_other(micro):

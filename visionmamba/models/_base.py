@@ -6,10 +6,7 @@ import torch
 import torch.nn as nn
 from timm.models._features import feature_take_indices
 
-__all__ = ["LAYOUTS", "VisionModel", "check_choice"]
-
-LAYOUTS = ("NCHW", "NHWC", "NLC")
-"""Layouts of features: channels first ``(B, C, *grid)``, channels last ``(B, *grid, C)``, tokens ``(B, L, C)``."""
+__all__ = ["VisionModel", "check_choice"]
 
 _WITHOUT_DECAY = ("pos_embed", "cls_token", "A_log", "D", "direction_B", "conv_bias", "dt_proj_bias")
 
@@ -99,7 +96,8 @@ class VisionModel(nn.Module):
             return_prefix_tokens: Return pairs of features and class tokens ``(B, class tokens, C)``, where there are.
             norm: Apply the final norm to them, where it fits: to every block's, or to the last stage's.
             stop_early: Do not compute levels after the last one asked for.
-            output_fmt: One of :data:`LAYOUTS`; features have no class tokens in any.
+            output_fmt: ``"NCHW"`` for channels first, ``(B, C, *grid)``; ``"NHWC"`` for channels last; ``"NLC"`` for
+                patch tokens in raster order.
             intermediates_only: Return the list alone.
 
         Returns:
