@@ -44,7 +44,9 @@ __all__ = [
     "scan_inverse",
     "scan_order",
     "scan_path",
+    "scan_rows",
     "scatter_steps_",
+    "visited_steps",
 ]
 
 Grid = tuple[int, ...]
@@ -252,8 +254,36 @@ def scan_order(name: str, grid: tuple[int, ...], device: torch.device) -> torch.
     return _cached_order(name, tuple(int(size) for size in grid), device)
 
 
+@lru_cache(maxsize=1024)
+def _cached_rows(name: str, grid: Grid, device: torch.device, per_direction: bool) -> torch.Tensor:
+    rows = np.maximum(scan_path(name, grid).order, 0).astype(np.int64)
+    if per_direction:
+        rows = rows * len(rows) + np.arange(len(rows))[:, None]
+    with torch.inference_mode(False):
+        return torch.tensor(rows, device=device)
+
+
+def scan_rows(name: str, grid: tuple[int, ...], device: torch.device, per_direction: bool = False) -> torch.Tensor:
+    """Return a path's table as rows to gather, from a cache.
+
+    Args:
+        name: Path name.
+        grid: Size of the token grid.
+        device: Where the table is needed.
+        per_direction: Rows of ``(B, L, K, C)`` with L and K flattened; otherwise of ``(B, L, C)``.
+
+    Returns:
+        ``(K, P)`` int64, direction k's row of token 0 where there is no token; not to be written.
+    """
+    return _cached_rows(name, tuple(int(size) for size in grid), device, per_direction)
+
+
 def gather_steps(
-    x: torch.Tensor, index: torch.Tensor, dtype: torch.dtype | None = None, name: str | None = None
+    x: torch.Tensor,
+    index: torch.Tensor,
+    dtype: torch.dtype | None = None,
+    name: str | None = None,
+    flat: bool = False,
 ) -> torch.Tensor:
     """Take rows of tokens in the order of a path's steps.
 
@@ -262,12 +292,14 @@ def gather_steps(
         index: Rows to take, ``(K, T)`` int64.
         dtype: Of the result; that of ``x`` by default.
         name: Scratch buffer to take them into.
+        flat: The index already counts rows of ``x`` with L and K flattened.
 
     Returns:
         ``(B, K, T, C)``: a new tensor, or the scratch buffer.
     """
     if x.dim() == 4:
-        index = index * x.shape[2] + torch.arange(x.shape[2], device=x.device).unsqueeze(1)
+        if not flat:
+            index = index * x.shape[2] + torch.arange(x.shape[2], device=x.device).unsqueeze(1)
         x = x.flatten(1, 2)
     if name is None or dtype not in (None, x.dtype):
         return x.index_select(1, index.flatten()).unflatten(1, index.shape).to(dtype or x.dtype)

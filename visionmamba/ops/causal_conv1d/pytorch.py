@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .._scratch import scratch
 from ..backend import Implementation, register_implementation
-from ..scan_path import gather_steps, scan_inverse, scan_order, scan_path, visited_steps
+from ..scan_path import gather_steps, scan_inverse, scan_path, scan_rows, visited_steps
 
 __all__ = ["backward", "forward"]
 
@@ -20,7 +20,6 @@ class _Walk:
     """Tokens gathered into path order, after the W - 1 values that precede them."""
 
     token: torch.Tensor  # (K, P), 0 where there is none
-    counts: torch.Tensor  # (K,) number of tokens visited
     visited: torch.Tensor | None  # (K, P, 1), 0 where there is no token; None if there is one everywhere
     window: torch.Tensor  # (B, K, W - 1 + P, D)
     sequence: torch.Tensor | None  # (B, K, W - 1 + P, 1) index of the sequence a tap belongs to
@@ -41,8 +40,7 @@ class _Walk:
 
 def _walk(x, weight, seq_idx, initial_states, path, grid) -> _Walk:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    order = scan_order(path, tuple(grid), x.device).long()
-    token, visited = order.clamp(min=0), visited_steps(path, grid, x.device, dtype)
+    token, visited = scan_rows(path, grid, x.device), visited_steps(path, grid, x.device, dtype)
     past = weight.shape[2] - 1
     before = token[:, :1].expand(-1, past)  # any tokens: they are overwritten
     window = gather_steps(x, torch.cat([before, token], dim=1), dtype, "window")
@@ -53,7 +51,7 @@ def _walk(x, weight, seq_idx, initial_states, path, grid) -> _Walk:
     if seq_idx is not None:
         sequence = seq_idx[:, token].unsqueeze(-1)
         sequence = torch.cat([sequence[:, :, :1].expand(-1, -1, past, -1), sequence], dim=2)
-    return _Walk(token, (order >= 0).sum(1), visited, window, sequence)
+    return _Walk(token, visited, window, sequence)
 
 
 def _preactivation(walk: _Walk, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -97,7 +95,10 @@ def forward(x, weight, bias, seq_idx, initial_states, path, grid, silu):
 
 def _final_index(walk: _Walk, past: int) -> torch.Tensor:
     """Positions in the window of the last ``past`` values of each direction, (K, past)."""
-    return walk.counts.unsqueeze(1) + torch.arange(past, device=walk.counts.device)
+    counts = walk.token.new_full((len(walk.token), 1), walk.token.shape[1])
+    if walk.visited is not None:
+        counts = walk.visited.sum(1).long()
+    return counts + torch.arange(past, device=counts.device)
 
 
 def _final_states(walk: _Walk, past: int) -> torch.Tensor:

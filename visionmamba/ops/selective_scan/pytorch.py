@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .._scratch import scratch
 from ..backend import Implementation, register_implementation
-from ..scan_path import gather_steps, scan_order, scatter_steps_, visited_steps
+from ..scan_path import gather_steps, scan_rows, scatter_steps_, visited_steps
 
 __all__ = ["backward", "forward", "scan_states_"]
 
@@ -117,11 +117,16 @@ class _Scan:
         self.D = None if D is None else D.to(dtype)
         self.dt_weight = None if dt_weight is None else dt_weight.to(dtype)
         self.bias = None if delta_bias is None else delta_bias.to(dtype)
-        self.delta, self.delta_softplus, self.in_step_order = delta, delta_softplus, in_step_order
-        self.order = scan_order(path, tuple(grid), u.device).long()
+        self.delta, self.delta_softplus = delta, delta_softplus
+        self.token = scan_rows(path, grid, u.device)
+        self.rows_of_u = scan_rows(path, grid, u.device, per_direction=u.dim() == 4)
+        self.row, self.rows = self.token, scan_rows(path, grid, u.device, per_direction=True)
+        if in_step_order:
+            self.row = torch.arange(self.token.shape[1], device=u.device).expand_as(self.token)
+            self.rows = self.row * len(self.row) + torch.arange(len(self.row), device=u.device).unsqueeze(1)
         self.visited = visited_steps(path, grid, u.device, dtype)
         directions, channels, states = A.shape
-        self.num_steps = self.order.shape[1]
+        self.num_steps = self.token.shape[1]
         length = max(1, _BLOCK_ELEMENTS // max(1, u.shape[0] * directions * channels * states))
         self.starts = range(0, self.num_steps, min(self.num_steps, length))
 
@@ -135,24 +140,24 @@ class _Scan:
         return torch.mul(x, y, out=scratch(name, (*x.shape[:3], states, channels), x.device, self.dtype))
 
     def block(self, start: int) -> _Block:
-        order = self.order[:, start : start + self.starts.step]
-        token = order.clamp(min=0)
-        row = token
-        if self.in_step_order:
-            row = torch.arange(start, start + order.shape[1], device=order.device).expand_as(order)
-        visited = self.visited if self.visited is None else self.visited[:, start : start + self.starts.step]
-        pre = gather_steps(self.delta, row, self.dtype)
+        steps = slice(start, start + self.starts.step)
+        visited = self.visited if self.visited is None else self.visited[:, steps]
+        rows = self.rows[:, steps]
+        pre = gather_steps(self.delta, rows, self.dtype, flat=True)
         if self.dt_weight is not None:
             weight = self.dt_weight.transpose(1, 2)
             out = scratch("pre", (*pre.shape[:3], weight.shape[2]), pre.device, self.dtype)
             pre = torch.matmul(pre, weight, out=out)  # (B, K, T, R) x (K, R, D)
         if self.bias is not None:
             pre.add_(self.bias.unsqueeze(1))
-        step = _masked(F.softplus(pre) if self.delta_softplus else pre, visited)
+        step = pre
+        if self.delta_softplus:
+            step = torch.ops.aten.softplus.out(pre, out=self.buffer("step", pre))
+        step = _masked(step, visited)
         a = self.product("a", step.unsqueeze(-2), self.A.unsqueeze(1)).exp_()
-        u = gather_steps(self.u, token, self.dtype, "u")
-        B, C = (gather_steps(x, row, self.dtype) for x in (self.B, self.C))
-        return _Block(token, row, visited, u, pre, step, a, B, C)
+        u = gather_steps(self.u, self.rows_of_u[:, steps], self.dtype, "u", flat=True)
+        B, C = (gather_steps(x, rows, self.dtype, flat=True) for x in (self.B, self.C))
+        return _Block(self.token[:, steps], self.row[:, steps], visited, u, pre, step, a, B, C)
 
     def states(self, block: _Block, h: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
         """h_t of every step of the block, (B, K, T, N, D), from the state before it; overwrites the copy of a."""
