@@ -9,6 +9,7 @@ from .class_token import (
     take_class_token,
 )
 from .feature_pyramid import SimpleFeaturePyramid
+from .gated_mixer import GatedMixer
 from .local_scan import LOCAL_DIRECTIONS, LocalScan, chosen_directions, search_weights
 from .output_norms import OutputNorms
 from .patch import ChannelsLastConv2d, ConvDownsample, ConvPatchEmbed, DepthwiseConv2d
@@ -32,6 +33,7 @@ __all__ = [
     "ConvDownsample",
     "ConvPatchEmbed",
     "DepthwiseConv2d",
+    "GatedMixer",
     "LocalScan",
     "MultiHeadSSM",
     "OutputNorms",

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn as nn
 
 __all__ = ["OutputNorms"]
-
-LayerNorm = partial(nn.LayerNorm, eps=1e-5)
 
 
 class OutputNorms(nn.Module):
@@ -22,7 +18,7 @@ class OutputNorms(nn.Module):
         dtype: Their dtype.
     """
 
-    def __init__(self, channels: list[int], norm_layer=LayerNorm, device=None, dtype=None):
+    def __init__(self, channels: list[int], norm_layer=nn.LayerNorm, device=None, dtype=None):
         super().__init__()
         self.norms = nn.ModuleList([norm_layer(size, device=device, dtype=dtype) for size in channels])
 

@@ -9,8 +9,6 @@ import torch.nn as nn
 
 __all__ = ["ChannelsLastConv2d", "ConvDownsample", "ConvPatchEmbed", "DepthwiseConv2d"]
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-5)
-
 
 class ChannelsLastConv2d(nn.Conv2d):
     """A convolution of ``(B, H, W, C)`` maps; arguments and weights are ``nn.Conv2d``'s.
@@ -59,7 +57,7 @@ class ConvPatchEmbed(nn.Module):
         patch_size: int = 4,
         in_chans: int = 3,
         embed_dim: int = 96,
-        norm_layer=LayerNorm,
+        norm_layer=nn.LayerNorm,
         act_layer=nn.GELU,
         device=None,
         dtype=None,
@@ -94,7 +92,7 @@ class ConvDownsample(nn.Module):
     """
 
     def __init__(
-        self, dim: int, out_dim: int, kernel_size: int = 3, norm_layer=LayerNorm, device=None, dtype=None
+        self, dim: int, out_dim: int, kernel_size: int = 3, norm_layer=nn.LayerNorm, device=None, dtype=None
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()

@@ -13,7 +13,6 @@ Tokens are ``(B, H, W, C)`` from end to end. With E = ``ssm_ratio`` C channels i
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -28,8 +27,6 @@ __all__ = ["CROSS_SCAN", "OUT_NORMS", "SS2D", "CascadeSSM", "MultiHeadSSM"]
 
 CROSS_SCAN = "h,v,h_flip,v_flip"
 """VMamba's cross-scan: rows, columns, and both in reverse."""
-
-LayerNorm = partial(nn.LayerNorm, eps=1e-5)
 
 
 class SpatialSoftmax(nn.Module):
@@ -185,7 +182,7 @@ class SS2D(nn.Module):
         out_norm: str = "layer",
         out_act: bool = False,
         drop: float = 0.0,
-        norm_layer=LayerNorm,
+        norm_layer=nn.LayerNorm,
         device=None,
         dtype=None,
     ) -> None:

@@ -4,7 +4,6 @@ Maps are channels-last, ``(B, H, W, C)``, from the patch embedding to the poolin
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +15,7 @@ from timm.models.swin_transformer import PatchMerging
 
 from ._base import VisionModel
 
-__all__ = ["DisjointPatchEmbed", "HierarchicalModel", "LayerNorm", "Stage"]
-
-LayerNorm = partial(nn.LayerNorm, eps=1e-5)
+__all__ = ["DisjointPatchEmbed", "HierarchicalModel", "Stage"]
 
 
 def _stage_dims(dims: int | Sequence[int], depths: Sequence[int]) -> list[int]:
@@ -115,7 +112,7 @@ class HierarchicalModel(VisionModel):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer=LayerNorm,
+        norm_layer=nn.LayerNorm,
         patch_norm: bool = True,
         device=None,
         dtype=None,

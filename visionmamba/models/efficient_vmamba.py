@@ -24,7 +24,7 @@ from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 
 from ..layers import SS2D, ChannelAttention, ChannelsLastConv2d, DepthwiseConv2d
 from ._builder import build_model
-from ._hierarchical import HierarchicalModel, LayerNorm, Stage
+from ._hierarchical import HierarchicalModel, Stage
 from ._layout import from_official
 
 __all__ = ["EfficientVMamba", "EfficientVMambaBlock", "checkpoint_filter_fn", "official_state_dict"]
@@ -95,7 +95,7 @@ class EfficientVMambaBlock(nn.Module):
         d_state: int = 16,
         ssm_ratio: float = 2.0,
         drop_path: float = 0.0,
-        norm_layer=LayerNorm,
+        norm_layer=nn.LayerNorm,
         device=None,
         dtype=None,
     ) -> None:
@@ -147,7 +147,7 @@ class EfficientVMamba(HierarchicalModel):
         d_state: int = 16,
         ssm_ratio: float = 2.0,
         expand_ratio: float = 4.0,
-        norm_layer=LayerNorm,
+        norm_layer=nn.LayerNorm,
         device=None,
         dtype=None,
         **kwargs: Any,

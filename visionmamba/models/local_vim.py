@@ -8,6 +8,7 @@ Written from the paper and from published facts about the official models (names
 are the authors'. The backbone is Vim's; :class:`visionmamba.layers.LocalScan` is what is new.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 
-from ..layers import LocalScan, axial_rope_table, insert_class_token, remove_class_token
+from ..layers import GatedMixer, LocalScan, axial_rope_table, insert_class_token, remove_class_token
 from ..layers.grid_embed import resize_grid_embed
 from ._base import check_choice
 from ._builder import build_model
@@ -32,8 +33,8 @@ Tensors = dict[str, torch.Tensor]
 torch.fx.wrap("resize_grid_embed")  # FX looks for leaf functions where forward is defined, and that is the base's
 
 
-class LocalVimMixer(nn.Module):
-    """LocalVim's token mixer: project to a gated, wider space, scan it along the layer's directions, project back.
+class LocalVimMixer(GatedMixer):
+    """LocalVim's token mixer: a gated scan along the layer's own directions.
 
     Args:
         dim: Channels of the tokens, C.
@@ -62,19 +63,11 @@ class LocalVimMixer(nn.Module):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        d_inner = expand * dim
-        self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, **dd)
-        self.ssm = LocalScan(
-            d_inner, d_state, dt_rank or -(-dim // 16), path, d_conv, search=search, realign_columns=realign_columns,
-            **dd,
-        )  # fmt: skip
-        self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
-
-    def forward(self, x: torch.Tensor, grid: list[int]) -> torch.Tensor:
-        """Mix tokens ``(B, L, C)`` of a patch grid (rows, columns)."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(self.ssm(x, z, grid))
+        dt_rank = dt_rank or math.ceil(dim / 16)
+        merge = dict(search=search, realign_columns=realign_columns)
+        super().__init__(
+            dim, lambda d_inner: LocalScan(d_inner, d_state, dt_rank, path, d_conv, **merge, **dd), expand, **dd
+        )
 
 
 class LocalVim(Vim):

@@ -21,7 +21,7 @@ from timm.models import generate_default_cfgs, register_model
 from ..layers import LOCAL_DIRECTIONS, SS2D, LocalScan
 from . import _vmamba_official
 from ._builder import build_model
-from ._hierarchical import HierarchicalModel, LayerNorm
+from ._hierarchical import HierarchicalModel
 from ._layout import from_official, rename
 
 __all__ = ["LocalSS2D", "LocalVMamba", "check_directions", "checkpoint_filter_fn", "official_state_dict"]
@@ -101,7 +101,14 @@ class LocalVMambaBlock(nn.Module):
     """
 
     def __init__(
-        self, dim: int, path: str, drop_path: float = 0.0, norm_layer=LayerNorm, device=None, dtype=None, **mixer: Any
+        self,
+        dim: int,
+        path: str,
+        drop_path: float = 0.0,
+        norm_layer=nn.LayerNorm,
+        device=None,
+        dtype=None,
+        **mixer: Any,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
@@ -142,7 +149,7 @@ class LocalVMamba(HierarchicalModel):
         realign_columns: bool = False,
         d_state: int = 16,
         ssm_ratio: float = 2.0,
-        norm_layer=LayerNorm,
+        norm_layer=nn.LayerNorm,
         device=None,
         dtype=None,
         **kwargs: Any,

@@ -26,7 +26,7 @@ from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_no
 from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import adapt_input_conv
 
-from ..layers import SelectiveSSM
+from ..layers import GatedMixer, SelectiveSSM
 from ..ops.scan_path import scan_path
 from ._builder import build_model
 from ._checkpoint import strip_prefixes
@@ -41,8 +41,8 @@ IMAGE_PATHS = ("h", "h_flip", "v", "v_flip")
 VIDEO_PATHS = ("thw", "thw_flip", "twh", "twh_flip", "wht", "wht_flip")
 
 
-class MambaMixer(nn.Module):
-    """Mamba's gated scan along one path (Gu & Dao 2023, Mamba, section 3.4).
+class MambaMixer(GatedMixer):
+    """Mamba's gated scan along one path.
 
     Args:
         dim: Channels of the tokens, C.
@@ -58,17 +58,13 @@ class MambaMixer(nn.Module):
         self, dim: int, path: str, d_state: int = 16, d_conv: int = 4, expand: int = 2, device=None, dtype=None
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        d_inner = expand * dim
-        self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, **dd)
-        self.ssm = SelectiveSSM(d_inner, d_state, math.ceil(dim / 16), path, d_conv, **dd)
-        self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
+        dt_rank = math.ceil(dim / 16)
+        super().__init__(dim, lambda d_inner: SelectiveSSM(d_inner, d_state, dt_rank, path, d_conv, **dd), expand, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix tokens ``(B, *grid, C)``."""
         grid = x.shape[1:-1]
-        x, z = self.in_proj(x.flatten(1, -2)).chunk(2, dim=-1)
-        return self.out_proj(self.ssm(x, z, grid)).unflatten(1, grid)
+        return self.mix(x.flatten(1, -2), grid).unflatten(1, grid)
 
 
 class PatchMerging(nn.Module):

@@ -10,6 +10,7 @@ the path ``"h,h_flip"`` over that sequence, so a class token is visited like any
 gate: gating each before turning it round is gating their sum.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from timm.models._input import update_model_input_size
 from ..layers import (
     CLASS_TOKEN_POSITIONS,
     STREAM_NORMS,
+    GatedMixer,
     ResidualBlock,
     SelectiveSSM,
     StridedPatchEmbed,
@@ -89,8 +91,8 @@ class TiedSSM(SelectiveSSM):
         return y
 
 
-class VimMixer(nn.Module):
-    """Vim's token mixer: project to a gated, wider space, scan it along the sequence, project back.
+class VimMixer(GatedMixer):
+    """Vim's token mixer: a gated scan along the sequence, both ways.
 
     Args:
         dim: Channels of the tokens, C.
@@ -119,21 +121,17 @@ class VimMixer(nn.Module):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        d_inner = expand * dim
         path = "h_flip,h" if reverse else "h,h_flip"
         if directions == "forward":
             path = path.split(",")[0]
         ssm = TiedSSM if directions == "tied" else SelectiveSSM
-        self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False, **dd)
-        self.ssm = ssm(d_inner, d_state, dt_rank or -(-dim // 16), path, d_conv, **dd)
-        self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
+        dt_rank = dt_rank or math.ceil(dim / 16)
+        super().__init__(dim, lambda d_inner: ssm(d_inner, d_state, dt_rank, path, d_conv, **dd), expand, **dd)
         self.layer_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
 
     def forward(self, x: torch.Tensor, grid: list[int]) -> torch.Tensor:
         """Mix tokens ``(B, L, C)``, a sequence whatever their ``grid`` is."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.layer_scale(self.out_proj(self.ssm(x, z, [x.shape[1]])))
+        return self.layer_scale(self.mix(x, [x.shape[1]]))
 
 
 class BlockPair(nn.Module):

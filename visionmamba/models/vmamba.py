@@ -23,7 +23,7 @@ from ..layers import CROSS_SCAN, SS2D, ConvDownsample, ConvPatchEmbed
 from ..layers.grid_embed import resize_grid_embed
 from ._base import check_choice
 from ._builder import build_model
-from ._hierarchical import DisjointPatchEmbed, HierarchicalModel, LayerNorm
+from ._hierarchical import DisjointPatchEmbed, HierarchicalModel
 from ._vmamba_official import checkpoint_filter_fn, official_arguments, official_state_dict
 
 __all__ = ["VMamba", "VMambaBlock", "checkpoint_filter_fn", "official_arguments", "official_state_dict"]
@@ -54,7 +54,7 @@ class VMambaBlock(nn.Module):
         mlp_act_layer=nn.GELU,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
-        norm_layer=LayerNorm,
+        norm_layer=nn.LayerNorm,
         device=None,
         dtype=None,
     ) -> None:
@@ -150,7 +150,7 @@ class VMamba(HierarchicalModel):
         downsample: str = "conv3",
         pos_embed: bool = False,
         proj_drop_rate: float = 0.0,
-        norm_layer=LayerNorm,
+        norm_layer=nn.LayerNorm,
         device=None,
         dtype=None,
         **kwargs: Any,
