@@ -19,11 +19,18 @@ CFG_METADATA_KEY = "pretrained_cfg"
 """Entry of a safetensors file's metadata: JSON of the part of timm's pretrained cfg in which a checkpoint differs."""
 
 
-def checkpoint_cfg(path: Path) -> dict[str, Any]:
-    """Return what a safetensors file's metadata says about its classes and input; empty for other files."""
+def checkpoint_cfg(path: str | os.PathLike) -> dict[str, Any]:
+    """Return what a safetensors file's metadata says about its classes and input; empty for other files.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        The part of timm's pretrained cfg in which it differs from its model's own.
+    """
     from safetensors import SafetensorError, safe_open
 
-    if path.suffix != ".safetensors":
+    if Path(path).suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -54,7 +61,7 @@ def create_classifier(
     overlay: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
     if checkpoint is not None:
-        overlay = {**checkpoint_cfg(Path(checkpoint)), "file": os.fspath(checkpoint)}
+        overlay = {**checkpoint_cfg(checkpoint), "file": os.fspath(checkpoint)}
         if "input_size" in overlay:
             arguments["in_chans"] = overlay["input_size"][0]
     if num_classes is not None:

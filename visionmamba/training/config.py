@@ -176,7 +176,9 @@ class TrainConfig:
         if self.pretrained and self.checkpoint:
             raise ConfigError("pretrained and checkpoint exclude each other: both say which weights to start from")
         if (self.mixup or self.cutmix) and self.batch_size // self.accumulate % 2:
-            raise ConfigError(f"batch_size: mixup and cutmix pair images, and {self.batch_size} is not even")
+            raise ConfigError(
+                f"batch_size: mixup and cutmix pair images, and a pass has {self.batch_size // self.accumulate}"
+            )
 
 
 _CHOICES = {

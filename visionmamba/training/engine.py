@@ -57,7 +57,7 @@ def create_model(config: TrainConfig, num_classes: int | None = None) -> nn.Modu
     )
     arguments.update({name: value for name, value in optional.items() if value is not None})
     if config.checkpoint:
-        overlay = {**checkpoint_cfg(Path(config.checkpoint)), "file": config.checkpoint}
+        overlay = {**checkpoint_cfg(config.checkpoint), "file": config.checkpoint}
         arguments["pretrained_cfg_overlay"] = overlay
     model = timm.create_model(config.model, pretrained=config.pretrained or bool(config.checkpoint), **arguments)
     if config.grad_checkpointing:
