@@ -29,6 +29,11 @@ def test_text_states_both_conventions(run):
     assert "blocks.0.mixer.in_proj" not in result.out
 
 
+def test_a_peer_that_must_be_made_for_its_size(run):
+    (row,) = json.loads(run("flops", "deit_tiny_patch16_224", "--size", "384", "--json").out)
+    assert row["flops"] / 1e9 == pytest.approx(4.70, abs=0.01)  # 3.16 without attention
+
+
 def test_patterns_and_peers(run):
     rows = json.loads(run("flops", "test_v*", "deit_tiny_patch16_224", "--json").out)
     assert [row["name"] for row in rows] == ["test_vim", "test_vmamba", "deit_tiny_patch16_224"]
@@ -42,7 +47,7 @@ def test_patterns_and_peers(run):
         (["nothing_*"], "no model fits 'nothing_*'"),
         (["test_vim", "--size", "big"], "--size: expected a size such as 224 or 160x224, got 'big'"),
         (["test_vim", "--size", "0"], "--size: expected a size"),
-        (["deit_tiny_patch16_224", "--size", "100"], "deit_tiny_patch16_224: cannot be counted at 100x100"),
+        (["vim_tiny_patch16_224", "--size", "8"], "vim_tiny_patch16_224: cannot be counted at 8x8"),
     ],
 )
 def test_bad_input_is_one_sentence(run, arguments, message):

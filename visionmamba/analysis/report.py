@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 
 from .._files import replacing
+from ..inference import input_size
 from ..zoo import model_names, published_top1
 from .bench import PEERS, Setting, create_for_size
 from .cost import ModelCost, model_cost
@@ -71,8 +72,11 @@ def default_models() -> list[str]:
 
 
 def _takes_images(name: str) -> bool:
-    cfg = timm.get_pretrained_cfg(name)
-    return cfg.input_size[0] == 3 and "3d" not in name
+    try:
+        size = input_size(timm.create_model(name, device="meta"))
+    except ImportError:  # it needs a package that is not installed
+        return False
+    return len(size) == size[0] == 3  # colours, height, width
 
 
 def _own_size(name: str) -> tuple[int, int]:

@@ -23,10 +23,17 @@ _EXPLANATION = (
 def _cost(name: str, size: tuple[int, int] | None) -> ModelCost:
     import timm
 
+    from visionmamba.analysis.bench import create_for_size
     from visionmamba.analysis.cost import model_cost
 
     try:
-        return model_cost(timm.create_model(name, device="meta"), size, name)
+        model = timm.create_model(name, device="meta")
+        try:
+            return model_cost(model, size, name)
+        except (AssertionError, RuntimeError):  # it must be made for its size, as timm's DeiT
+            if size is None:
+                raise
+            return model_cost(create_for_size(name, size, "meta"), size, name)
     except Exception as error:
         where = f" at {size[0]}x{size[1]}" if size else ""
         raise CommandError(f"{name}: cannot be counted{where}: {one_line(error)}") from error
