@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Detection and segmentation on one GPU: tools/gpu_openmmlab.sh OUT [part ...]
+#
+# Parts: ops bench det seg families (all by default), each of which fits into ten minutes. TINY=1 rehearses everything on the
+# CPU in a few minutes with micro models. Trainings stopped by a time limit go on where they were when the part is run again.
+# What is worth keeping is small and lies in OUT/report; scenes, logs and checkpoints in OUT/work.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?usage: tools/gpu_openmmlab.sh OUT [part ...]}
+shift
+parts=${*:-ops bench det seg families}
+python=${PYTHON:-python3}
+tiny=${TINY:-}
+work=$out/work report=$out/report scenes=$out/work/scenes
+mkdir -p "$work" "$report"
+export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD:$PWD/tools" PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+status=0
+
+run() { # name, command...: a log of its own, the last lines shown
+  local name=$1 begin=$SECONDS code=0
+  shift
+  "$@" >"$work/$name.txt" 2>&1 || { code=$?; status=1; }
+  echo "== $name: exit $code after $((SECONDS - begin)) s"
+  tail -n 4 "$work/$name.txt"
+  return $code
+}
+
+if [ -n "$tiny" ]; then
+  export CUDA_VISIBLE_DEVICES=""
+  det_scenes=(--train 6 --val 2 --size 96) bench=(--shape 96 128 --steps 1 --warmup 1) epochs=1 iterations=8 short=1 interval=2
+  small=(train_dataloader.batch_size=2 train_dataloader.num_workers=0 train_dataloader.persistent_workers=False
+    val_dataloader.num_workers=0 val_dataloader.persistent_workers=False test_dataloader.num_workers=0
+    test_dataloader.persistent_workers=False default_hooks.logger.interval=2)
+  det_small=("${small[@]}" "train_dataloader.dataset.pipeline.2.scale=(96,96)" "val_dataloader.dataset.pipeline.1.scale=(96,96)")
+  seg_small=("${small[@]}" "train_dataloader.dataset.pipeline.2.scale=(96,96)" "train_dataloader.dataset.pipeline.3.crop_size=(96,96)"
+    "model.data_preprocessor.size=(96,96)")
+else
+  det_scenes=() bench=() epochs=${EPOCHS:-36} iterations=${ITERATIONS:-4000} short=4 interval=25 small=() det_small=() seg_small=()
+fi
+[ -d "$scenes" ] || run scenes "$python" tools/make_digit_scenes.py "$scenes" "${det_scenes[@]}" || exit 1
+roots=(train_dataloader.dataset.data_root="$scenes/" val_dataloader.dataset.data_root="$scenes/"
+  test_dataloader.dataset.data_root="$scenes/")
+anns=(val_evaluator.ann_file="$scenes/val/annotations.json" test_evaluator.ann_file="$scenes/val/annotations.json")
+det_configs=configs/detection/digit_scenes
+main_det=$det_configs/mask-rcnn_vmamba-t-s1l8_fpn_1xb16-36e_digit-scenes.py
+main_seg=configs/segmentation/digit_scenes/vmamba-t-s1l8_upernet_1xb16-4k_digit-scenes-256x256.py
+
+train_det() { # name, config, epochs
+  run "$1" "$python" tools/det_train.py "$2" --work-dir "$work/$1" --resume --cfg-options "${roots[@]}" "${anns[@]}" "${det_small[@]}" \
+    train_cfg.max_epochs="$3" train_cfg.val_interval="$(($3 < 6 ? $3 : 6))" param_scheduler.1.T_max="$3" \
+    default_hooks.checkpoint.max_keep_ckpts=1 default_hooks.logger.interval="$interval"
+}
+
+pictures() { # name, checkpoint: predictions on six scenes that were held out
+  rm -rf "$work/held_out" && mkdir -p "$work/held_out" && cp "$scenes"/val/images/00000[0-5].png "$work/held_out" 2>/dev/null
+  run "$1_pictures" "$python" tools/infer_folder.py "$work/$1"/*.py "$work/$1/$2" "$work/held_out" "$report/$1" --score-thr 0.5
+}
+
+for part in $parts; do
+  case $part in
+    ops) # the operators of mmcv's stand-in, on the device as on the CPU
+      run ops "$python" -m pytest -q -p no:cacheprovider tests/openmmlab/test_mmcv_ext.py ;;
+    bench)
+      run bench "$python" tools/bench_det.py --output "$report/bench_fp32.json" "${bench[@]}"
+      [ -n "$tiny" ] || run bench_amp "$python" tools/bench_det.py --amp --output "$report/bench_amp.json" "${bench[@]}" ;;
+    det)
+      train_det det "$main_det" "$epochs" && pictures det "epoch_$epochs.pth"
+      run det_report "$python" tools/training_report.py "$report/det_curves" "$work/det" ;;
+    seg)
+      run seg "$python" tools/seg_train.py "$main_seg" --work-dir "$work/seg" --resume --cfg-options "${roots[@]}" "${seg_small[@]}" \
+        train_cfg.max_iters="$iterations" train_cfg.val_interval="$(((iterations + 3) / 4))" param_scheduler.1.end="$iterations" \
+        param_scheduler.0.end="$((iterations / 20 + 1))" param_scheduler.1.begin="$((iterations / 20 + 1))" \
+        default_hooks.checkpoint.interval="$(((iterations + 3) / 4))" default_hooks.checkpoint.max_keep_ckpts=1 &&
+        pictures seg "iter_$iterations.pth"
+      run seg_report "$python" tools/training_report.py "$report/seg_curves" "$work/seg" ;;
+    families) # one model of each other family, 500 steps: the loss has to fall
+      works=()
+      for config in "$det_configs"/*.py; do
+        [ "$config" = "$main_det" ] && continue
+        name=$(basename "$config" _1xb16-36e_digit-scenes.py)
+        train_det "$name" "$config" "$short"
+        works+=("$work/$name")
+      done
+      run families_report "$python" tools/training_report.py "$report/families" "${works[@]}" ;;
+    *) echo "$part: not a part; expected ops, bench, det, seg or families" >&2; exit 2 ;;
+  esac
+done
+exit $status
