@@ -29,8 +29,9 @@ PEERS_TOP1 = {"deit_small_patch16_224": 79.8, "swin_tiny_patch4_window7_224": 81
 """Published top-1 of the peers (their papers)."""
 
 _COLUMNS = (
-    "Model", "Input", "Params (M)", "published", "GFLOPs", "published", "differs", "Scan's share", "Images/s",
-    "Training images/s", "Memory (MiB)", "Training memory (MiB)", "Top-1 published", "Top-1 ours", "differs",
+    "Model", "Input", "Params (M)", "Params published", "GFLOPs", "GFLOPs published", "GFLOPs differ", "Scan's share",
+    "Images/s", "Training images/s", "Memory (MiB)", "Training memory (MiB)", "Top-1 published", "Top-1 ours",
+    "Top-1 differs",
 )  # fmt: skip
 
 
