@@ -106,8 +106,8 @@ KINDS: dict[str, Callable[[Subject, dict[str, Any]], list[_Panel]]] = {
 _TITLES = {
     "gradcam": "Grad-CAM",
     "activation": "Size of the features",
-    "erf": "Effective receptive field of the centre (logarithmic)",
-    "scan": "Tokens that reach the marked one",
+    "erf": "Effective receptive field of the centre",
+    "scan": "How much of each token reaches the marked one",
 }
 
 
@@ -122,7 +122,8 @@ def _show(axes: Any, panel: _Panel, shape: tuple[int, int]) -> None:
         limits = {"vmin": -4, "vmax": 0} if panel.logarithmic else {"vmin": 0, "vmax": 1}
         axes.imshow(values, extent=extent, **smooth, **limits)
     if panel.mark is not None:
-        axes.plot(*panel.mark, marker="s", markersize=6, markerfacecolor="none", markeredgecolor="red")
+        for size, color in ((7, "black"), (5, "white")):  # to be seen on any picture
+            axes.plot(*panel.mark, marker="s", markersize=size, markerfacecolor="none", markeredgecolor=color)
     axes.set_title(panel.title, fontsize=7)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -157,5 +158,6 @@ def draw(kind: str, subjects: Sequence[Subject], **options: Any) -> Figure:
         for empty in axes[len(panels) :]:
             empty.set_axis_off()
         axes[0].set_ylabel(subject.name, fontsize=8)
-    figure.suptitle(_TITLES[kind], fontsize=10)
+    logarithmic = any(panel.logarithmic for panels in rows for panel in panels)
+    figure.suptitle(_TITLES[kind] + (", logarithmic" if logarithmic else ""), fontsize=10)
     return figure
