@@ -513,6 +513,37 @@ def test_mask_rcnn(with_objects):
         assert ((instances.bboxes >= 0) & (instances.bboxes <= 96)).all()
 
 
+def test_boxes_outside_the_image():
+    """Boxes of the truth may reach over the edges or lie beyond them: a finite loss, as for mmdet's own backbones."""
+    registry = pytest.importorskip("mmdet.registry", reason="needs mmdet").MODELS
+    pytest.importorskip("mmdet.utils").register_all_modules(init_default_scope=True)
+    torch.manual_seed(0)
+    model = registry.build(detector()).train()
+    batch = detection_batch(with_objects=True)
+    first, second = (sample.gt_instances for sample in batch["data_samples"])
+    first.bboxes = torch.tensor([[-30.0, -20.0, 40.0, 130.0], [100.0, 100.0, 140.0, 120.0]])
+    second.bboxes = torch.tensor([[90.0, 90.0, 96.5, 200.0]])
+    losses = model(**model.data_preprocessor(batch, training=True), mode="loss")
+    total, _ = model.parse_losses(losses)
+    assert total.isfinite()
+    total.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.backbone.parameters())
+
+
+@pytest.mark.parametrize("size", [(0, 64), (64, 0), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "name", ["test_plainmamba", "test_mamba2d", "test_vim", "test_vmamba", "test_efficient_vmamba"]
+)
+def test_empty_images(name, size):
+    """No pixels are an error that says so; less than a patch is padded by plain models, refused by others."""
+    backbone = build(name).eval()
+    if 0 in size or hasattr(backbone.model, "stages"):
+        with pytest.raises(ValueError, match=r"x: expected images \(B, channels, height, width\) of at least"):
+            backbone(image(1, 3, *size))
+    else:
+        assert all(feature.isfinite().all() for feature in backbone(image(1, 3, *size)))
+
+
 def segmentor(model_name):
     backbone = dict(type="VisionMambaBackbone", model_name=model_name)
     dims = [24, 48, 64, 96]

@@ -304,6 +304,7 @@ class VisionMambaAdapter(VisionMambaBackbone):
         Returns:
             Maps ``(B, C, H, W)`` of strides 4, 8, 16 and 32 of the padded images.
         """
+        self._check_images(x)
         height, width = x.shape[2:]
         x = F.pad(x, (0, -width % _STRIDE, 0, -height % _STRIDE))
         first, *levels = self.spm(x)

@@ -207,6 +207,14 @@ class VisionMambaBackbone(BaseModule):
                     module.eval()
         return self
 
+    def _check_images(self, x: torch.Tensor) -> None:
+        least = self.model.feature_info[0]["reduction"] if hasattr(self.model, "stages") else 1
+        if x.dim() != 4 or min(x.shape[2], x.shape[3]) < least:
+            raise ValueError(
+                f"x: expected images (B, channels, height, width) of at least {least} pixels a side, "
+                f"got shape {list(x.shape)}"
+            )
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return feature maps.
 
@@ -215,7 +223,11 @@ class VisionMambaBackbone(BaseModule):
 
         Returns:
             One contiguous map ``(B, C, H, W)`` for each of ``out_indices``.
+
+        Raises:
+            ValueError: There are no pixels, or less than one patch where the model does not pad.
         """
+        self._check_images(x)
         features = self.model.forward_intermediates(
             x, indices=list(self.out_indices), stop_early=True, output_fmt="NCHW", intermediates_only=True
         )

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS, VISUALIZERS
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .._files import replacing
 from .runner import register
@@ -19,6 +18,12 @@ from .runner import register
 __all__ = ["IMAGE_SUFFIXES", "browse", "find_images", "predict_folder"]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def _read(path: Path) -> np.ndarray:
+    """Return an image ``(height, width, 3)``, RGB, upright."""
+    with Image.open(path) as image:
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def _save(path: Path, pixels: np.ndarray) -> None:
@@ -37,7 +42,7 @@ def _visualizer(config: Config, dataset_meta: dict) -> Any:
 
 
 def browse(config: Config, out: Path, split: str = "train", count: int = 20) -> list[Path]:
-    """Draw the first samples of a data set as they reach the model, after augmentation, with their truth.
+    """Draw the first samples of a data set with their truth: those to train on after augmentation, others as they are.
 
     Args:
         config: Of a detector or segmentor.
@@ -54,8 +59,11 @@ def browse(config: Config, out: Path, split: str = "train", count: int = 20) -> 
     paths = []
     for index in range(min(count, len(dataset))):
         sample = dataset[index]
-        pixels = sample["inputs"].permute(1, 2, 0).numpy()[..., ::-1]  # read as BGR
         truth = sample["data_samples"]
+        if split == "train":
+            pixels = sample["inputs"].permute(1, 2, 0).numpy()[..., ::-1]  # OpenMMLab reads BGR
+        else:  # the truth is that of the image as it is in the file
+            pixels = _read(Path(truth.img_path))
         if "gt_instances" in truth:
             instances = truth.gt_instances
             instances.bboxes = instances.bboxes.tensor
@@ -145,9 +153,10 @@ def predict_folder(
     for path in images:
         name = path.relative_to(root)
         png = name if name.suffix == ".png" else name.with_name(f"{name.name}.png")
-        pixels = mmcv.imread(str(path), channel_order="rgb") if path.stat().st_size else None
-        if pixels is None:
-            yield path, "not a readable image"
+        try:
+            pixels = _read(path)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            yield path, f"not a readable image ({type(error).__name__})"
             continue
         sample = infer(model, np.ascontiguousarray(pixels[..., ::-1]))
         options = {} if segmentation else {"pred_score_thr": score_thr}

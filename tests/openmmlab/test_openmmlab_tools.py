@@ -1,0 +1,162 @@
+"""The command line tools for detection and segmentation, and the digit scenes that they are tried on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from make_digit_scenes import make_digit_scenes  # noqa: E402
+
+DETECTION = ROOT / "configs/detection/digit_scenes/mask-rcnn_vmamba-t-s1l8_fpn_1xb16-36e_digit-scenes.py"
+SEGMENTATION = ROOT / "configs/segmentation/digit_scenes/vmamba-t-s1l8_upernet_1xb16-4k_digit-scenes-256x256.py"
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits") / "scenes"
+    make_digit_scenes(folder, train=4, val=3, size=96)
+    return folder
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_digit_scenes_are_deterministic(scenes, tmp_path):
+    make_digit_scenes(tmp_path / "again", train=4, val=3, size=96)
+    assert contents(tmp_path / "again") == contents(scenes)
+    make_digit_scenes(tmp_path / "other", train=4, val=3, size=96, seed=1)
+    assert contents(tmp_path / "other")["val/images/000000.png"] != contents(scenes)["val/images/000000.png"]
+
+
+def test_digit_scenes_agree_with_themselves(scenes):
+    """Masks, boxes, areas and label maps say the same; pycocotools reads them."""
+    coco = pytest.importorskip("pycocotools.coco", reason="needs pycocotools").COCO(scenes / "train/annotations.json")
+    assert len(coco.imgs) == 4
+    covered = {}
+    for annotation in coco.anns.values():
+        mask = coco.annToMask(annotation).astype(bool)
+        name = coco.imgs[annotation["image_id"]]["file_name"]
+        labels = np.array(Image.open(scenes / "train/labels" / name))
+        assert mask.sum() == annotation["area"] > 0
+        assert (labels[mask] == annotation["category_id"]).all()
+        rows, columns = np.nonzero(mask)
+        x, y, width, height = annotation["bbox"]
+        assert (columns.min(), rows.min()) == (x, y)
+        assert (columns.max() + 1, rows.max() + 1) == (x + width, y + height)
+        covered[name] = covered.get(name, 0) + annotation["area"]
+    for name, area in covered.items():
+        assert (np.array(Image.open(scenes / "train/labels" / name)) > 0).sum() == area
+
+
+def test_digit_scenes_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+    import make_digit_scenes as module
+
+    monkeypatch.setattr(module, "_annotation", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_digit_scenes(tmp_path / "scenes", train=2, val=1, size=64)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "scenes").mkdir()
+    with pytest.raises(FileExistsError, match="exists already"):
+        make_digit_scenes(tmp_path / "scenes", train=2, val=1, size=64)
+    with pytest.raises(ValueError, match="at least 64, 1 and 1, got 32, 2 and 1"):
+        make_digit_scenes(tmp_path / "small", train=2, val=1, size=32)
+
+
+def load(path, scenes, **options):
+    """Return a config of the digit scenes with a micro backbone."""
+    pytest.importorskip("visionmamba.openmmlab", reason='needs OpenMMLab: pip install "visionmamba[openmmlab]"')
+    from visionmamba.openmmlab.runner import load_config
+
+    data = {f"{name}_dataloader.dataset.data_root": f"{scenes}/" for name in ("train", "val")}
+    return load_config(str(path), {**data, "model.backbone.model_name": "test_vmamba", **options})
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        (DETECTION, {"model.neck.in_channels": [24, 48, 64, 96]}),
+        (
+            SEGMENTATION,
+            {
+                "model.decode_head.in_channels": [24, 48, 64, 96],
+                "model.decode_head.channels": 16,
+                "model.auxiliary_head.in_channels": 64,
+                "model.data_preprocessor.size": (96, 96),
+            },
+        ),
+    ],
+    ids=["detection", "segmentation"],
+)
+def test_browse_and_predict_folder(path, options, scenes, tmp_path):
+    config = load(path, scenes, **options)
+    import torch
+
+    from visionmamba.openmmlab.pictures import browse, predict_folder
+    from visionmamba.openmmlab.runner import build_model
+
+    assert Image.open(browse(config, tmp_path / "browse", "train", 1)[0]).size[0] >= 192
+    drawn = browse(config, tmp_path / "browse", "val", 2)
+    assert [Image.open(picture).size for picture in drawn] == [(96, 96)] * 2
+    torch.manual_seed(0)
+    model = build_model(config)
+    checkpoint = tmp_path / "weights.pth"
+    classes = config.val_dataloader.dataset.metainfo
+    torch.save({"state_dict": model.state_dict(), "meta": {"dataset_meta": dict(classes)}}, checkpoint)
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    for number, name in enumerate(("a.png", "deep/b.png")):
+        (folder / name).write_bytes((scenes / f"val/images/00000{number}.png").read_bytes())
+    Image.new("RGB", (40, 56)).save(folder / "plain.jpg")
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("not an image")
+    out = tmp_path / "out"
+    problems = dict(predict_folder(config, str(checkpoint), folder, out, score_thr=0.05))
+    assert {path.name for path, problem in problems.items() if problem} == {"empty.png", "text.png"}
+    names = {"a.png", "deep/b.png", "plain.jpg.png"}
+    assert {str(p.relative_to(out / "pictures")) for p in (out / "pictures").rglob("*.png")} == names
+    if path == SEGMENTATION:
+        assert np.array(Image.open(out / "labels/plain.jpg.png")).shape == (56, 40)
+        assert np.array(Image.open(out / "labels/a.png")).max() <= 10
+        return
+    predictions = json.loads((out / "predictions.json").read_text())
+    assert set(predictions["images"]) == {"a.png", "deep/b.png", "plain.jpg"}
+    for row in predictions["images"]["plain.jpg"]:
+        x1, y1, x2, y2 = row["bbox"]
+        assert 0 <= x1 <= x2 <= 40
+        assert 0 <= y1 <= y2 <= 56
+        assert row["mask"]["size"] == [56, 40]
+    with pytest.raises(FileNotFoundError, match=r"nothing: no images \(\.bmp"):
+        list(predict_folder(config, str(checkpoint), tmp_path / "nothing", out))
+
+
+def test_report_of_a_resumed_training(tmp_path):
+    from training_report import read_log, summarise
+
+    for folder, steps in (("1", (1, 2, 3)), ("2", (3, 4))):
+        log = tmp_path / folder / "vis_data"
+        log.mkdir(parents=True)
+        rows = [{"loss": 10.0 - step, "step": step} for step in steps] + [{"mIoU": 50.0 + steps[-1], "step": steps[-1]}]
+        (log / "scalars.json").write_text("\n".join(map(json.dumps, rows)))
+    losses, metrics = read_log(tmp_path)
+    assert losses == {1: 9.0, 2: 8.0, 3: 7.0, 4: 6.0}
+    assert summarise(losses, metrics) == {"steps": 4, "first_loss": 9.0, "last_loss": 6.0, "metrics": {"mIoU": 54.0}}
+    with pytest.raises(FileNotFoundError, match=r"no .*scalars\.json"):
+        read_log(tmp_path / "nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_trainings_resume(tmp_path):
+    pytest.importorskip("visionmamba.openmmlab", reason='needs OpenMMLab: pip install "visionmamba[openmmlab]"')
+    command = [sys.executable, str(ROOT / "tools/check_resume.py"), str(tmp_path / "work")]
+    completed = subprocess.run(command, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    assert completed.stdout.count("killed, resumed, nothing lost") == 2
