@@ -23,9 +23,12 @@ run() { # name, seconds, command...
   tail -n "${lines:-3}" "$out/$name.txt"
   return $code
 }
-test="$python -m pytest -q -p no:cacheprovider --no-header -rf"
+test="$python -m pytest -q -p no:cacheprovider --no-header -rf -p no:benchmark"
 
-lines=30 run kernels 90 "$python" -m visionmamba doctor --gpu || exit 1
+lines=30 run kernels 90 "$python" -c '
+import sys
+from visionmamba.cli._kernel_checks import check_kernels
+sys.exit(any(check.problem for check in check_kernels("cuda", print)))' || exit 1
 
 cases=$("$python" -c 'import bench_ops; print(*bench_ops.CASES)')
 for case in $cases; do # fill the cache of compiled kernels, in parallel
@@ -45,13 +48,14 @@ done
 (lines=4 run large 120 $test -m "gpu and slow" tests/gpu) >"$out/large_summary.txt" 2>&1 &
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    run "$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/gpu_sanitize.py >"$out/${tool}_summary.txt" 2>&1 &
+    run "$tool" 150 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 "$python" tools/gpu_sanitize.py >"$out/${tool}_summary.txt" 2>&1 &
   done
 fi
-lines=40 run tests 170 $test -n 10 -m "gpu and not slow" tests/gpu tests/ops tests/models/test_gpu_goldens.py tests/language/test_gpu.py \
+lines=40 run tests 200 $test -v -n 10 --dist worksteal -m "gpu and not slow" tests/gpu tests/ops tests/models/test_gpu_goldens.py tests/language/test_gpu.py \
   --deselect tests/gpu/test_loader.py
 wait
 cat "$out"/*_summary.txt
 [ -f "$out/curves.csv" ] && run curves 20 "$python" tools/train_curves.py --compare "$out/curves.csv"
 tail -n 3 "$out"/.v* | grep -i error
+grep -a "FAILED" "$out/tests.txt" | sort -u | head -n 60
 exit $status

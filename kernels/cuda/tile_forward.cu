@@ -1,194 +1,130 @@
 // The forward of the scan with one state a channel. See tile_scan.cuh and kernels/README.md.
-//
-// A round's states need all threads' Links, that is a barrier. While the others arrive, a thread prepares its next round:
-// step sizes, decays and its own Link, which need no state.
 #include "common.cuh"
 #include "tile_scan.cuh"
 
-// The skip D u of all directions is where the tile starts; otherwise each direction adds its own.
-constexpr bool SKIP_FIRST = MERGE && COMPLETE;
-
-// A round of a thread, from its inputs to the Links before its own.
+// What a thread reads of its STEPS steps, as loaded. Steps without a token read token 0; their Delta is set to zero
+// instead, which leaves the state as it is, and their output is not written.
 struct Round {
-  float a[STEPS][VEC], b[STEPS][VEC];
-  Raw<VEC> u[SKIP_FIRST ? 1 : STEPS];
-  Link before[VEC];
-};
-
-// Which direction and round the next of a sequence is.
-struct Turn {
-  int k = 0, round = 0;
-  __device__ __forceinline__ void advance(const TileArgs& p) {
-    if (++round == p.rounds) { round = 0; k++; }
-  }
-};
-
-struct Forward {
-  const TileArgs& p;
-  const Seat at;
-  Link* totals;         // [2][WARPS][TILE_CHANNELS], of even and odd rounds
-  float* carries;       // [2][TILE_CHANNELS]: the state at a round's start
-  float* projections;   // [2][2 WARP_STEPS] of this warp
-  Tile tile;
-  Steps<false> raw;
-  Projections shared;
-  int ahead[STEPS];     // tokens of the inputs that are loaded next
-  Turn found, loaded, prepared, walked;  // the next whose tokens are loaded, whose inputs are loaded, ...
-  Direction in;         // of loaded
-  float a2[VEC], bias[VEC], skip[VEC];  // of prepared, prepared and walked
-
-  __device__ __forceinline__ Forward(const TileArgs& p) : p(p), at(p) {
-    totals = (Link*)dynamic_shared;
-    carries = dynamic_shared + 4 * WARPS * TILE_CHANNELS;
-    projections = carries + 2 * TILE_CHANNELS + at.warp * 4 * WARP_STEPS;
-    tile.rows = carries + 2 * TILE_CHANNELS + WARPS * 4 * WARP_STEPS;
-  }
-  __device__ __forceinline__ void find_next() {
-    if (found.k == p.K) return;
-    const int* order = p.order + (int64)found.k * p.P;
-    load_tokens(order, at.first_step(found.round), ahead);
-    shared.load_tokens(at, order, found.round);
-    found.advance(p);
-  }
-  __device__ __forceinline__ void load_next() {
-    if (loaded.k == p.K) return;
-    if (loaded.round == 0) in.enter(p, at, loaded.k);
-    raw.load(p, in, at.first_step(loaded.round), ahead);
-    shared.load(p, at, in, loaded.round);
-    loaded.advance(p);
-  }
-
-  // Turn what was loaded for the next round into decays and inputs of the state, and start the loads of the one after.
-  __device__ __forceinline__ void prepare(int parity, Round& to, Link own[VEC]) {
-    if (prepared.round == 0) {
-      load_columns(p.A, p, at, prepared.k, a2);
-      load_columns(p.bias, p, at, prepared.k, bias);
-#pragma unroll
-      for (int v = 0; v < VEC; v++) a2[v] *= DECAY_SCALE;
-    }
-    prepared.advance(p);
-    float* staged = projections + parity * 2 * WARP_STEPS;
-    shared.stage(at, staged);
-    find_next();
-    float B[STEPS];
-    load_floats<STEPS>(staged + at.lane / GROUPS * STEPS, B);
-#pragma unroll
-    for (int v = 0; v < VEC; v++) own[v].decay = own[v].h = 0.f;
+  int token[STEPS];
+  Raw<VEC> u[STEPS];
+  RawDelta<VEC> delta[STEPS];
+  act_t B[STEPS], C[STEPS];
+  __device__ __forceinline__ void load(const TileArgs& p, const Seat& at, int k, int first) {
+    Direction in;
+    in.enter(p, at, k);
 #pragma unroll
     for (int j = 0; j < STEPS; j++) {
-      float x[VEC], f[VEC];
-      step_size<false>(raw.delta[j], bias, raw.has(j), x, nullptr);
-      if constexpr (!SKIP_FIRST) to.u[j] = raw.u[j];
-      unpack(raw.u[j], f);
-#pragma unroll
-      for (int v = 0; v < VEC; v++) {
-        to.a[j][v] = decay_of(x[v], a2[v]);
-        to.b[j][v] = x[v] * f[v] * B[j];
-        own[v].decay += x[v];                               // the sum of Delta, until it is turned
-        own[v].h = to.a[j][v] * own[v].h + to.b[j][v];
-      }
+      const int seen = max(token[j], 0), read = max(row_read(token[j], first + j), 0);
+      u[j] = load_raw<VEC>(row_of(in.u, seen, p.u_l));
+      delta[j] = load_delta<VEC>(row_of(in.delta, read, p.delta_l));
+      B[j] = *row_of(in.B, read, p.B_l);
+      C[j] = *row_of(in.C, read, p.C_l);
     }
-#pragma unroll
-    for (int v = 0; v < VEC; v++) own[v].decay = decay_of(own[v].decay, a2[v]);
-    load_next();
-  }
-
-  __device__ __forceinline__ void publish(int parity, const Link own[VEC], Round& to) {
-    Link total[VEC];
-    scan_warp<false>(at, own, to.before, total);
-    if (at.lane / GROUPS == PER_WARP - 1)
-#pragma unroll
-      for (int v = 0; v < VEC; v++) totals[(parity * WARPS + at.warp) * TILE_CHANNELS + at.column + v] = total[v];
-  }
-
-  // The state that enters this thread's steps; the last warp passes on the one at the round's end.
-  __device__ __forceinline__ void collect(int parity, const Round& now, float h[VEC]) {
-    const int64 bk = (int64)at.b * p.K + walked.k;
-    if (walked.round == 0) load_columns(p.state_in, p, at, bk, h);
-    else load_floats<VEC>(carries + parity * TILE_CHANNELS + at.column, h);
-    const Link* from = totals + parity * WARPS * TILE_CHANNELS + at.column;
-#pragma unroll 4
-    for (int w = 0; w < at.warp; w++)
-#pragma unroll
-      for (int v = 0; v < VEC; v++) {
-        const Link total = from[w * TILE_CHANNELS + v];
-        h[v] = total.decay * h[v] + total.h;
-      }
-    if (at.warp == WARPS - 1) {
-      float end[VEC];
-#pragma unroll
-      for (int v = 0; v < VEC; v++) {
-        const Link total = from[at.warp * TILE_CHANNELS + v];
-        end[v] = total.decay * h[v] + total.h;
-      }
-      if (at.lane < GROUPS) {
-        if (walked.round == p.rounds - 1) store_columns(p.last_state, p, at, bk, end);
-        else store_floats<VEC>(carries + (1 - parity) * TILE_CHANNELS + at.column, end);
-      }
-    }
-#pragma unroll
-    for (int v = 0; v < VEC; v++) h[v] = now.before[v].decay * h[v] + now.before[v].h;
-  }
-
-  __device__ __forceinline__ void walk(int parity, const Round& now, const int token[STEPS]) {
-    float h[VEC], C[STEPS], sum[STEPS][VEC];
-#if MERGE
-#pragma unroll
-    for (int j = 0; j < STEPS; j++) tile.read(at, token[j], sum[j]);
-#endif
-    if (!SKIP_FIRST && walked.round == 0) load_columns(p.D, p, at, walked.k, skip);
-    load_floats<STEPS>(projections + parity * 2 * WARP_STEPS + WARP_STEPS + at.lane / GROUPS * STEPS, C);
-    collect(parity, now, h);
-#pragma unroll
-    for (int j = 0; j < STEPS; j++) {
-      float f[VEC], y[VEC];
-      if constexpr (!SKIP_FIRST) unpack(now.u[j], f);
-#pragma unroll
-      for (int v = 0; v < VEC; v++) {
-        h[v] = now.a[j][v] * h[v] + now.b[j][v];
-        y[v] = h[v] * C[j] + (SKIP_FIRST ? 0.f : skip[v] * f[v]);
-      }
-#if MERGE
-#pragma unroll
-      for (int v = 0; v < VEC; v++) y[v] += sum[j][v];
-      tile.write(at, token[j], y);
-#else
-      if (token[j] >= 0 && at.ok) {
-#if GATE
-        unpack(load_raw<VEC>(row_of(p.z + at.b * p.z_b + (int64)walked.k * p.z_k + at.channel, token[j], p.z_l)), f);
-#pragma unroll
-        for (int v = 0; v < VEC; v++) y[v] *= silu(f[v]);
-#endif
-        store_act<VEC>(p.y + (((int64)at.b * p.L + token[j]) * p.K + walked.k) * p.channels + at.channel, y);
-      }
-#endif
-    }
-  }
-
-  // A round of which all but the states is known, and what can be known of the next.
-  __device__ __forceinline__ bool advance(int parity, const Round& now, Round& next) {
-    Link own[VEC];
-    const bool more = prepared.k < p.K;
-    int token[STEPS];
-    load_tokens(p.order + (int64)walked.k * p.P, at.first_step(walked.round), token);
-    if (more) prepare(1 - parity, next, own);
-    __syncthreads();
-    walk(parity, now, token);
-    walked.advance(p);
-    if (more) publish(1 - parity, own, next);
-    return more;
   }
 };
+
+// The state that enters this thread's steps, from `carry` at the start of the round; moves `carry` to the round's end.
+__device__ __forceinline__ void collect(const Seat& at, const Link* totals, const Link before[VEC], float carry[VEC], float enters[VEC]) {
+#pragma unroll
+  for (int v = 0; v < VEC; v++) enters[v] = 0.f;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) {
+#pragma unroll
+    for (int v = 0; v < VEC; v++) {
+      const Link total = totals[w * TILE_CHANNELS + at.column + v];
+      if (w == at.warp) enters[v] = before[v].decay * carry[v] + before[v].h;
+      carry[v] = total.decay * carry[v] + total.h;
+    }
+  }
+}
+
+// Add to (the first direction of a complete path: set) a token's entry of the tile.
+__device__ __forceinline__ void accumulate(const Tile& tile, const Seat& at, int token, int k, float f[VEC]) {
+  if (!(COMPLETE && k == 0)) {
+    float sum[VEC];
+    tile.read(at, token, sum);
+#pragma unroll
+    for (int v = 0; v < VEC; v++) f[v] += sum[v];
+  }
+  tile.write(at, token, f);
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_forward(const __grid_constant__ TileArgs p) {
-  Forward block(p);
-  block.tile.start(p, block.at, SKIP_FIRST ? p.u : nullptr);
-  Round even, odd;
-  Link own[VEC];
-  block.find_next();
-  block.load_next();
-  block.prepare(0, even, own);
-  block.publish(0, own, even);
-  while (block.advance(0, even, odd) && block.advance(1, odd, even)) {}
-  if (MERGE) block.tile.store(p, block.at, p.y, true);
+  Link* totals = (Link*)dynamic_shared;  // [2][WARPS][TILE_CHANNELS]
+  Tile tile;
+  tile.rows = dynamic_shared + 4 * WARPS * TILE_CHANNELS;
+  const Seat at(p);
+  if (!COMPLETE) tile.clear(p);
+  Round next;
+  load_tokens(p.order, at.first_step(0), next.token);
+  next.load(p, at, 0, at.first_step(0));
+  int turn = 0;
+  for (int k = 0; k < p.K; k++) {
+    float a2[VEC], bias[VEC], skip[VEC], carry[VEC];
+    load_columns(p.A, p, at, k, a2);
+    load_columns(p.bias, p, at, k, bias);
+    load_columns(p.D, p, at, k, skip);
+    load_columns(p.state_in, p, at, (int64)at.b * p.K + k, carry);
+#pragma unroll
+    for (int v = 0; v < VEC; v++) a2[v] *= DECAY_SCALE;
+    for (int round = 0; round < p.rounds; round++, turn ^= 1) {
+      Round now = next;
+      const int next_k = round + 1 < p.rounds ? k : k + 1, next_first = at.first_step(round + 1 < p.rounds ? round + 1 : 0);
+      if (next_k < p.K) load_tokens(p.order + (int64)next_k * p.P, next_first, next.token);
+      float a[STEPS][VEC], b[STEPS][VEC];
+      Link own[VEC], before[VEC], total[VEC];
+#pragma unroll
+      for (int v = 0; v < VEC; v++) own[v].decay = own[v].h = 0.f;  // .decay: the sum of Delta, until it is turned
+#pragma unroll
+      for (int j = 0; j < STEPS; j++) {
+        float x[VEC], f[VEC];
+        step_size<false>(now.delta[j], bias, now.token[j] >= 0, x, nullptr);
+        unpack(now.u[j], f);
+        const float B = to_float(now.B[j]);
+#pragma unroll
+        for (int v = 0; v < VEC; v++) {
+          a[j][v] = decay_of(x[v], a2[v]);
+          b[j][v] = x[v] * f[v] * B;
+          own[v].decay += x[v];
+          own[v].h = a[j][v] * own[v].h + b[j][v];
+        }
+      }
+#pragma unroll
+      for (int v = 0; v < VEC; v++) own[v].decay = decay_of(own[v].decay, a2[v]);
+      Link* shared = totals + turn * WARPS * TILE_CHANNELS;
+      scan_warp<false>(at, own, before, total);
+      if (at.lane / GROUPS == PER_WARP - 1)
+#pragma unroll
+        for (int v = 0; v < VEC; v++) shared[at.warp * TILE_CHANNELS + at.column + v] = total[v];
+      if (next_k < p.K) next.load(p, at, next_k, next_first);
+      __syncthreads();
+      float h[VEC];
+      collect(at, shared, before, carry, h);
+#pragma unroll
+      for (int j = 0; j < STEPS; j++) {
+        float f[VEC], y[VEC];
+        unpack(now.u[j], f);
+        const float C = to_float(now.C[j]);
+#pragma unroll
+        for (int v = 0; v < VEC; v++) {
+          h[v] = a[j][v] * h[v] + b[j][v];
+          y[v] = h[v] * C + skip[v] * f[v];
+        }
+#if MERGE
+        accumulate(tile, at, now.token[j], k, y);
+#else
+        if (now.token[j] >= 0 && at.ok) {
+#if GATE
+          unpack(load_raw<VEC>(row_of(p.z + at.b * p.z_b + (int64)k * p.z_k + at.channel, now.token[j], p.z_l)), f);
+#pragma unroll
+          for (int v = 0; v < VEC; v++) y[v] *= silu(f[v]);
+#endif
+          store_act<VEC>(p.y + (((int64)at.b * p.L + now.token[j]) * p.K + k) * p.channels + at.channel, y);
+        }
+#endif
+      }
+    }
+    if (at.chunk == 0) store_columns(p.last_state, p, at, (int64)at.b * p.K + k, carry);
+  }
+  if (MERGE) tile.store(p, at, p.y, true);
 }

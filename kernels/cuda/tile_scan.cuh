@@ -204,28 +204,6 @@ struct Tile {
   __device__ __forceinline__ void write(const Seat& at, int token, const float f[VEC]) const {
     if (token >= 0) store_floats<VEC>(rows + token * TILE_CHANNELS + at.column, f);
   }
-  // The skip of all directions, which needs no state; u may be null.
-  __device__ __forceinline__ void start(const TileArgs& p, const Seat& at, const act_t* u) const {
-    if (!MERGE) return;
-    if (u == nullptr || p.D == nullptr) return clear(p);
-    float skip[VEC], one[VEC];
-#pragma unroll
-    for (int v = 0; v < VEC; v++) skip[v] = 0.f;
-    for (int k = 0; k < p.K; k++) {
-      load_columns(p.D, p, at, k, one);
-#pragma unroll
-      for (int v = 0; v < VEC; v++) skip[v] += one[v];
-    }
-#pragma unroll 4
-    for (int l = at.chunk; l < p.L; l += CHUNKS) {
-      float f[VEC];
-      unpack(load_raw<VEC>(row_of(u + at.b * p.u_b + at.channel, l, p.u_l)), f);
-#pragma unroll
-      for (int v = 0; v < VEC; v++) f[v] *= skip[v];
-      store_floats<VEC>(rows + l * TILE_CHANNELS + at.column, f);
-    }
-    __syncthreads();
-  }
   __device__ __forceinline__ void clear(const TileArgs& p) const {
     if (!MERGE) return;
     const float zero[4] = {};

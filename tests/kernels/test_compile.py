@@ -21,7 +21,7 @@ BF16 = torch.bfloat16
 
 
 def scan_macros(states, dtype=BF16, kind="forward", which=0, vec=2, flags=FLAGS, architecture="sm_90", **options):
-    tiling = scan.tilings_for(kind, states, architecture)[which]
+    tiling = scan.tilings_for(kind, states, architecture, options.get("gate", False))[which]
     return scan.macros(dtype, states, scan.fit_vector(tiling, states, vec), vec, flags, **options)
 
 
@@ -43,10 +43,13 @@ def specialisations(architecture="sm_90"):
                     quick = states in (1, 16) and dtype == BF16 and "partial" in options
                     macros = scan_macros(states, dtype, kind, architecture=architecture, **options)
                     found.append(("selective_scan.cu", macros, kind, quick))
+            for which in range(1, len(scan.tilings_for(kind, states, architecture, True))):
+                macros = scan_macros(states, BF16, kind, which, architecture=architecture, gate=True)
+                found.append(("selective_scan.cu", macros, kind, False))
     found.append(("selective_scan.cu", scan_macros(3, vec=1), "forward", False))
     for dtype in ACT:
         for kind in ("forward", "backward"):
-            for tokens in (49, 196, 784, 3136):
+            for tokens in (49, 196, 784) if kind == "backward" else (49, 196, 784, 3136):
                 found.append(
                     (f"tile_{kind}.cu", tile_macros(kind, tokens, dtype), kind, dtype == BF16 and tokens == 196)
                 )

@@ -31,6 +31,7 @@ class Tiling:
         windows: Such register windows a staged group.
         warps: Warps a block.
         min_blocks: Blocks a multiprocessor that registers must suffice for.
+        warps_wanted: Warps a multiprocessor from which it is preferred to those after it.
     """
 
     spt: int
@@ -39,6 +40,7 @@ class Tiling:
     windows: int
     warps: int
     min_blocks: int = 1
+    warps_wanted: int = 6
 
     def channels(self, states: int) -> int:
         """Channels of a warp."""
@@ -49,14 +51,15 @@ class Tiling:
         return self.steps * self.windows
 
 
-# By states (a power of two): the first tiling that gives every multiprocessor _WARPS_WANTED warps; where none does, the
-# path is cut into chunks. Three warps where four would need more than 48 KiB of shared memory.
+# By states (a power of two): the first tiling that gives every multiprocessor the warps it wants; where none does, the
+# first. With fewer than _WARPS_WANTED a multiprocessor the path is cut into chunks. Three warps where four would need
+# more than 48 KiB of shared memory.
 _FORWARD_TILINGS = {
     1: [Tiling(1, 2, 8, 1, 3), Tiling(1, 1, 8, 1, 4)],
     2: [Tiling(2, 2, 8, 1, 3), Tiling(2, 1, 8, 1, 4)],
     4: [Tiling(4, 2, 8, 1, 3), Tiling(4, 1, 8, 1, 4)],
     8: [Tiling(8, 2, 8, 1, 3), Tiling(8, 1, 8, 1, 4)],
-    16: [Tiling(8, 2, 8, 1, 4), Tiling(8, 1, 8, 1, 4)],
+    16: [Tiling(8, 2, 8, 1, 4, 4), Tiling(8, 1, 8, 1, 4)],
     32: [Tiling(8, 4, 8, 1, 3), Tiling(8, 2, 8, 1, 4)],
     64: [Tiling(8, 4, 8, 1, 3), Tiling(8, 2, 8, 1, 3)],
 }
@@ -65,10 +68,11 @@ _BACKWARD_TILINGS = {
     2: [Tiling(2, 1, 8, 1, 4)],
     4: [Tiling(4, 1, 8, 1, 4)],
     8: [Tiling(8, 1, 4, 2, 4, 3)],
-    16: [Tiling(8, 1, 4, 2, 4, 3)],
+    16: [Tiling(8, 1, 4, 2, 4, 3, 12), Tiling(8, 1, 4, 2, 4, 2), Tiling(8, 1, 4, 4, 3, 3, 0)],
     32: [Tiling(8, 1, 4, 2, 4)],
     64: [Tiling(8, 2, 2, 4, 3)],
 }
+_GATED_BACKWARD_TILINGS = {16: [Tiling(4, 2, 4, 2, 4, 3, 12)]}  # before the others where there is a gate
 _WARPS_WANTED = 6
 _MIN_CHUNK = 64
 
@@ -77,15 +81,19 @@ def _padded(states: int) -> int:
     return 1 << (states - 1).bit_length()
 
 
-def tilings_for(kind: str, states: int, architecture: str) -> list[Tiling]:
+def tilings_for(kind: str, states: int, architecture: str, gate: bool = False) -> list[Tiling]:
     """Return the tilings to choose from, best first.
 
     Args:
         kind: ``"forward"`` or ``"backward"``.
         states: N.
         architecture: e.g. ``"sm_90"``.
+        gate: Whether there is a gate.
     """
-    tilings = (_FORWARD_TILINGS if kind == "forward" else _BACKWARD_TILINGS)[_padded(states)]
+    padded = _padded(states)
+    tilings = (_FORWARD_TILINGS if kind == "forward" else _BACKWARD_TILINGS)[padded]
+    if gate and kind == "backward":
+        tilings = [*_GATED_BACKWARD_TILINGS.get(padded, []), *tilings]
     if int(architecture.removeprefix("sm_").rstrip("a")) < 100:
         return tilings
     # Blackwell's compiler needs a few more registers than three blocks a multiprocessor leave: it would spill.
@@ -137,13 +145,13 @@ def _expanded_delta(delta: Tensor, dt_weight: Tensor | None) -> Tensor:
 class _Scan(Call):
     """A call of ``selective_scan.cu``: its tiles, chunks and argument struct."""
 
-    def __init__(self, kind: str, *arguments, others=()):
+    def __init__(self, kind: str, *arguments, others=(), gate=False):
         super().__init__(*arguments, others=others)
-        tilings = [self._fit(tiling) for tiling in tilings_for(kind, self.states, self.launcher.architecture)]
-        wanted = _WARPS_WANTED * self.launcher.multiprocessors
-        self.tiling = next((tiling for tiling in tilings if self._warps(tiling) >= wanted), tilings[0])
+        processors = self.launcher.multiprocessors
+        tilings = [self._fit(x) for x in tilings_for(kind, self.states, self.launcher.architecture, gate)]
+        self.tiling = next((x for x in tilings if self._warps(x) >= x.warps_wanted * processors), tilings[0])
         self.tiles = self._tiles(self.tiling)
-        self.chunks, self.chunk_steps = self._chunk(wanted)
+        self.chunks, self.chunk_steps = self._chunk(_WARPS_WANTED * processors)
         self.blocks = self.batch * self.chunks * self.directions * self.tiles
         self.threads = 32 * self.tiling.warps
 
@@ -276,7 +284,7 @@ def backward(
     low_rank, delta, dy, z = delta, _expanded_delta(delta, dt_weight), rows(dy), rows(z)
     initial, dlast = (None if x is None else x.float().contiguous() for x in (initial_state, dlast))
     arguments = (u, delta, A, B, C, D, delta_bias, path, grid, delta_softplus, in_step_order)
-    scan = _Scan("backward", *arguments, others=[dy, z])
+    scan = _Scan("backward", *arguments, others=[dy, z], gate=z is not None)
     tile = _tile_plan("backward", scan, u.dim() == 3) if z is None else None
     if tile is None:
         du, ddelta, dB, dC, dA, dD, dbias, dstate, dz = _backward(scan, dy, dlast, initial, z)

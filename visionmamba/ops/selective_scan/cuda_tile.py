@@ -13,25 +13,35 @@ from .cuda_call import ACT, Call, padded_order, strides
 __all__ = ["TilePlan", "backward", "forward", "macros", "plan"]
 
 _MAX_ROUNDS = 64
+_GRAIN = {"forward": 64, "backward": 32}  # threads come in multiples of
 _THREADS_AT_ONCE = 384  # a multiprocessor: leaves each 168 registers
 _SHARED_AT_ONCE = 228 * 1024
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A way to cut the work: what ``tile_scan.cuh`` calls TILE_CHANNELS, VEC, STEPS and, at most, THREADS."""
+    """A way to cut the work.
+
+    Args:
+        channels: TILE_CHANNELS of ``tile_scan.cuh``.
+        vec: Its VEC.
+        steps: Its STEPS.
+        threads: Its THREADS at most.
+        most_steps: The longest path that it suits.
+    """
 
     channels: int
     vec: int
     steps: int
     threads: int
+    most_steps: int = 2**31
 
 
 CUTS = {
     "forward": [Cut(16, 2, 8, 384), Cut(8, 2, 8, 384)],
-    "backward": [Cut(16, 2, 8, 384), Cut(8, 2, 8, 384)],
+    "backward": [Cut(32, 4, 4, 384, 96), Cut(16, 2, 8, 384, 96), Cut(8, 2, 8, 192, 400), Cut(16, 2, 4, 384, 1600)],
 }
-"""The ways to cut each pass, best first."""
+"""The ways to cut each pass, best first, as measured on an H200: where none suits, ``selective_scan.cu`` is faster."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class TilePlan:
         rounds: Rounds that a direction takes.
         blocks: Blocks of the launch.
         shared_bytes: Dynamic shared memory.
+        min_blocks: Blocks a multiprocessor that registers must suffice for.
     """
 
     channels: int
@@ -55,13 +66,14 @@ class TilePlan:
     rounds: int
     blocks: int
     shared_bytes: int
+    min_blocks: int
 
 
 def _shared_words(kind: str, cut: Cut, threads: int, rounds: int) -> int:
     """Return the floats of shared memory beside the tile: as the kernels lay it out."""
     warps, projections = threads // 32, 2 * threads // (cut.channels // cut.vec) * cut.steps
     if kind == "forward":
-        return (4 * warps + 2) * cut.channels + 2 * projections
+        return 4 * warps * cut.channels
     return 3 * (rounds * warps + max(warps, threads // cut.channels)) * cut.channels + projections
 
 
@@ -81,18 +93,22 @@ def plan(
         launcher: The device.
     """
     for cut in CUTS[kind]:
+        if num_steps > cut.most_steps or 1 < vec < cut.vec:
+            continue
         cut = replace(cut, vec=min(cut.vec, vec))
         lanes = cut.channels // cut.vec
         blocks = batch * -(-channels // cut.channels)
         rounds = -(-num_steps // (cut.threads // lanes * cut.steps))
         chunks = -(-num_steps // (rounds * cut.steps))
-        threads = -(-chunks * lanes // 32) * 32
+        threads = -(-chunks * lanes // _GRAIN[kind]) * _GRAIN[kind]
         words = _shared_words(kind, cut, threads, rounds) + (num_tokens * cut.channels if merge else 0)
         if 4 * words <= launcher.shared_bytes:
             few = 2 * blocks < launcher.multiprocessors and num_steps > cut.threads
             if few or rounds > _MAX_ROUNDS:
                 return None
-            return TilePlan(cut.channels, cut.vec, cut.steps, threads, rounds, blocks, 4 * words)
+            at_once = min(32, _THREADS_AT_ONCE // threads, _SHARED_AT_ONCE // (4 * words + 1024))
+            min_blocks = 1 if kind == "forward" else max(1, at_once)
+            return TilePlan(cut.channels, cut.vec, cut.steps, threads, rounds, blocks, 4 * words, min_blocks)
     return None
 
 
@@ -104,7 +120,7 @@ def macros(dtype: torch.dtype, tile: TilePlan, flags: dict[str, int], *, merge, 
         "VEC": tile.vec,
         "STEPS": tile.steps,
         "THREADS": tile.threads,
-        "MIN_BLOCKS": max(1, min(32, _THREADS_AT_ONCE // tile.threads, _SHARED_AT_ONCE // (tile.shared_bytes + 1024))),
+        "MIN_BLOCKS": tile.min_blocks,
         **flags,
         "MERGE": int(merge),
         "COMPLETE": int(complete),
