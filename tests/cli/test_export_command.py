@@ -17,6 +17,13 @@ def test_exports_a_checkpoint_and_checks_it(run, checkpoint, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["model.pt2"]
 
 
+def test_a_position_embedding_is_fitted_to_the_size(run, tmp_path):
+    options = ["--format", "pt2", "--random-weights", "--size", "96x64", "--out", tmp_path / "vim.pt2", "--check"]
+    result = run("export", "test_vim", *options)
+    assert result.status == 0, result.err
+    assert "test_vim for inputs 3x96x64, batch size any" in result.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -45,6 +45,7 @@ def _check(name, format, sizes, folder, batches=(1, 3)):
     _needs(format)
     model, path = _model(name), folder / f"model{FORMATS[format]}"
     for shape in _sizes(model)[:sizes]:
+        model.set_input_size(img_size=shape[-2:])
         export_model(model, path, format, shape)
         assert compare_with_eager(model, path, format, shape, batches) <= 1e-4
     return path

@@ -75,6 +75,8 @@ def export(
     from visionmamba.inference import input_size
 
     shape = (*input_size(network)[:-2], *(side or input_size(network)[-2:]))
+    if side and hasattr(network, "set_input_size"):
+        network.set_input_size(img_size=side)  # interpolates a position embedding once and for all
     result: dict[str, Any] = {"model": model, "format": format, "input": list(shape), "file": str(out)}
     result["batch_size"] = batch_size or (1 if format == "aoti" else None)
     try:
