@@ -14,7 +14,8 @@ from visionmamba.analysis import bench as module
 QUICK = ("--sizes", "32,64", "--warmup", "0", "--repeats", "2", "--device", "cpu")
 MODELS = ("test_vmamba", "test_vim", "--sweep", "test_vmamba,test_vim")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), "")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), "")
 
 
 class Page(html.parser.HTMLParser):
