@@ -1,6 +1,7 @@
 """Building blocks that the families share."""
 
 from .channel_attention import ChannelAttention
+from .checks import check_choice
 from .class_token import (
     CLASS_TOKEN_POSITIONS,
     class_token_indices,
@@ -45,6 +46,7 @@ __all__ = [
     "StridedPatchEmbed",
     "apply_rope",
     "axial_rope_table",
+    "check_choice",
     "chosen_directions",
     "class_token_indices",
     "init_dt_bias_",

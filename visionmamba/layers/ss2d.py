@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from ..ops import selective_scan
 from ..ops.ssd import ssd_scan
+from .checks import check_choice
 from .patch import DepthwiseConv2d
 from .selective_ssm import SelectiveSSM
 
@@ -188,14 +189,10 @@ class SS2D(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        for name, value, known in (
-            ("gate", gate, ("act", "linear", "none")),
-            ("out_norm", out_norm, tuple(OUT_NORMS)),
-            ("ssm", ssm, ("selective", "multi_head", "cascade")),
-            ("ssm_init", ssm_init, ("mamba", "normal", "uniform")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        check_choice("gate", gate, ("act", "linear", "none"))
+        check_choice("out_norm", out_norm, OUT_NORMS)
+        check_choice("ssm", ssm, ("selective", "multi_head", "cascade"))
+        check_choice("ssm_init", ssm_init, ("mamba", "normal", "uniform"))
         d_inner = int(ssm_ratio * dim)
         dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.gated, self.ssm_init = gate != "none", ssm_init

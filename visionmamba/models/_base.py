@@ -6,20 +6,9 @@ import torch
 import torch.nn as nn
 from timm.models._features import feature_take_indices
 
-__all__ = ["VisionModel", "check_choice"]
+__all__ = ["VisionModel"]
 
 _WITHOUT_DECAY = ("pos_embed", "cls_token", "A_log", "D", "direction_B", "conv_bias", "dt_proj_bias")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """Return an argument's value if it is one of the choices.
-
-    Raises:
-        ValueError: It is not; the message names the argument and them.
-    """
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
 
 
 class VisionModel(nn.Module):

@@ -10,8 +10,9 @@ from timm.layers import get_device_dtype, global_pool_nlc, register_notrace_func
 from timm.models import checkpoint
 from timm.models._input import update_model_input_size
 
+from ..layers import check_choice
 from ..layers.grid_embed import resize_grid_embed
-from ._base import VisionModel, check_choice
+from ._base import VisionModel
 
 __all__ = ["GridModel", "IsotropicModel", "check_input"]
 

@@ -18,9 +18,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 
-from ..layers import GatedMixer, LocalScan, axial_rope_table, insert_class_token, remove_class_token
+from ..layers import GatedMixer, LocalScan, axial_rope_table, check_choice, insert_class_token, remove_class_token
 from ..layers.grid_embed import resize_grid_embed
-from ._base import check_choice
 from ._builder import build_model
 from ._checkpoint import CheckpointError
 from .local_vmamba import UNSEARCHED, check_directions
@@ -68,6 +67,22 @@ class LocalVimMixer(GatedMixer):
         super().__init__(
             dim, lambda d_inner: LocalScan(d_inner, d_state, dt_rank, path, d_conv, **merge, **dd), expand, **dd
         )
+
+
+def _resize_pos_embed(embed: torch.Tensor, old: list[int], grid: list[int], class_token: str) -> torch.Tensor:
+    """Interpolate the patches' rows ``(1, L, C)`` to another grid, bicubically as the authors do, around a class token.
+
+    Args:
+        embed: Position embedding.
+        old: Its grid.
+        grid: The new grid.
+        class_token: ``"middle"``, or ``""`` for none.
+    """
+    resized = resize_grid_embed(remove_class_token(embed, class_token).unflatten(1, old), grid).flatten(1, 2)
+    if class_token == "":
+        return resized
+    middle = old[0] * old[1] // 2
+    return insert_class_token(resized, embed[:, middle : middle + 1], class_token)
 
 
 class LocalVim(Vim):
@@ -147,16 +162,11 @@ class LocalVim(Vim):
         return [rows, columns], self._pos_embed_for((rows, columns))
 
     def _pos_embed_for(self, grid: tuple[int, int]) -> torch.Tensor | None:
-        """Return the position embedding for a patch grid, interpolated bicubically as the authors do."""
+        """Return the position embedding for a patch grid."""
         if self.pos_embed is None:
             return None
         rows, columns = self.patch_embed.grid_size
-        patches = remove_class_token(self.pos_embed, self.class_token)
-        resized = resize_grid_embed(patches.unflatten(1, [rows, columns]), [grid[0], grid[1]]).flatten(1, 2)
-        if not self.class_token:
-            return resized
-        middle = rows * columns // 2
-        return insert_class_token(resized, self.pos_embed[:, middle : middle + 1], self.class_token)
+        return _resize_pos_embed(self.pos_embed, [rows, columns], [grid[0], grid[1]], self.class_token)
 
     def _rope_table(self, grid: list[int], device: torch.device) -> torch.Tensor:
         if self.rope_resize == "recompute":
@@ -239,19 +249,6 @@ def _from_official(state_dict: Tensors, model: LocalVim) -> Tensors:
     return {**remaining, **converted}
 
 
-def _fit_pos_embed(embed: torch.Tensor, model: LocalVim) -> torch.Tensor:
-    """Interpolate a checkpoint's position embedding to the model's grid."""
-    tokens = embed.shape[1] - model.num_class_tokens
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        raise CheckpointError(f"pos_embed: {tokens} rows for patches fill no square grid")
-    patches = remove_class_token(embed, model.class_token).unflatten(1, (side, side))
-    resized = resize_grid_embed(patches, list(model.patch_embed.grid_size)).flatten(1, 2)
-    if not model.class_token:
-        return resized
-    return insert_class_token(resized, embed[:, tokens // 2 : tokens // 2 + 1], model.class_token)
-
-
 def checkpoint_filter_fn(state_dict: Tensors, model: LocalVim) -> Tensors:
     """Convert a checkpoint to the model's state dict.
 
@@ -270,7 +267,11 @@ def checkpoint_filter_fn(state_dict: Tensors, model: LocalVim) -> Tensors:
         state_dict = _from_official(state_dict, model)
     embed = state_dict.get("pos_embed")
     if embed is not None and model.pos_embed is not None and embed.shape[1:2] != model.pos_embed.shape[1:2]:
-        state_dict["pos_embed"] = _fit_pos_embed(embed, model)
+        side = math.isqrt(embed.shape[1] - model.num_class_tokens)
+        if side * side != embed.shape[1] - model.num_class_tokens:
+            raise CheckpointError(f"pos_embed: expected rows for a square grid of patches, got {embed.shape[1]}")
+        grid = list(model.patch_embed.grid_size)
+        state_dict["pos_embed"] = _resize_pos_embed(embed, [side, side], grid, model.class_token)
     return state_dict
 
 

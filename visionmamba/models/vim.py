@@ -29,6 +29,7 @@ from ..layers import (
     StridedPatchEmbed,
     apply_rope,
     axial_rope_table,
+    check_choice,
     class_token_indices,
     insert_class_token,
     remove_class_token,
@@ -37,7 +38,6 @@ from ..layers import (
     widen,
 )
 from ..ops import causal_conv1d, selective_scan
-from ._base import check_choice
 from ._builder import build_model
 from ._isotropic import IsotropicModel
 from ._vim_official import checkpoint_filter_fn, official_arguments, official_state_dict
@@ -256,7 +256,7 @@ class Vim(IsotropicModel):
         check_choice("rope", rope, ("", "mixer", "stream"))
         check_choice("rope_skip", rope_skip, ("first", "class"))
         check_choice("directions", directions, _DIRECTIONS)
-        check_choice("norm", norm, tuple(STREAM_NORMS))
+        check_choice("norm", norm, STREAM_NORMS)
         check_choice("feature_stream", feature_stream, _FEATURE_STREAMS)
         if paired and depth % 2:
             raise ValueError(f"depth: expected an even number of paired blocks, got {depth}")

@@ -19,9 +19,8 @@ from timm.layers import DropPath, GluMlp, Mlp, get_act_layer, to_2tuple, trunc_n
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 
-from ..layers import CROSS_SCAN, SS2D, ConvDownsample, ConvPatchEmbed
+from ..layers import CROSS_SCAN, SS2D, ConvDownsample, ConvPatchEmbed, check_choice
 from ..layers.grid_embed import resize_grid_embed
-from ._base import check_choice
 from ._builder import build_model
 from ._hierarchical import DisjointPatchEmbed, HierarchicalModel
 from ._vmamba_official import checkpoint_filter_fn, official_arguments, official_state_dict
@@ -156,8 +155,8 @@ class VMamba(HierarchicalModel):
         **kwargs: Any,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        check_choice("patch_embed", patch_embed, tuple(_PATCH_EMBED))
-        check_choice("downsample", downsample, tuple(_DOWNSAMPLE))
+        check_choice("patch_embed", patch_embed, _PATCH_EMBED)
+        check_choice("downsample", downsample, _DOWNSAMPLE)
         mixer = dict(
             d_state=d_state, ssm_ratio=ssm_ratio, dt_rank=dt_rank, path=path, ssm=ssm, ssm_init=ssm_init, d_conv=d_conv,
             conv_bias=conv_bias, act_layer=get_act_layer(ssm_act_layer), gate=gate, out_norm=out_norm, out_act=out_act,
