@@ -22,6 +22,7 @@ SCANS = {
     "vim": dict(path="h,h_flip", grid=(35,), channels=40, states=16),
     "vim_in_chunks": dict(path="h,h_flip", grid=(70,), batch=1, channels=40, states=16, multiprocessors=64),
     "cross": dict(path="h,v,h_flip,v_flip", grid=(9, 8), channels=34, states=1),
+    "cross_bf16": dict(path="h,v", grid=(7, 7), channels=8, states=1, dtype=torch.bfloat16),
     "cross_in_rounds": dict(path="h,v", grid=(20, 30), batch=1, channels=16, states=1, gate=False),
     "cross_in_five_rounds": dict(path="h,v_flip", grid=(17, 18), batch=1, channels=20, states=1, cut=(16, 2, 8, 64)),
     "cross_in_four_rounds": dict(path="h,v", grid=(7, 9), batch=1, channels=8, states=1, cut=(16, 4, 4, 32)),
@@ -79,7 +80,8 @@ def test_scan(name, monkeypatch):
     found = [x for x, given in zip(found, (1, 1, *tensors), strict=True) if given is not None]
     tolerance = 2e-6 if case["dtype"] == torch.float32 else 2**-9
     for i, (actual, expected) in enumerate(zip(found, (*exact, *gradients), strict=True)):
-        assert relative(actual, expected) <= tolerance, i
+        # The last state is float32, whatever the activations are.
+        assert relative(actual, expected) <= (2e-6 if i == 1 else tolerance), i
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,152 @@
+// What the chunks of a path pass on. See selective_scan.cu.
+#pragma once
+
+// First pass of a chunk-parallel scan: the state that a chunk reaches from zero, and the sum of its Delta, which gives
+// every state's decay over the chunk by one exponential. With ADJOINT also the adjoint that reaches the chunk's start
+// from a zero adjoint at its end, sum_t (a_1 ... a_t) C_t dy_t: the same decays, so the backward needs one pass.
+struct __align__(16) CarryShared { float x[TILE_STEPS * CHANNELS], u[TILE_STEPS * CHANNELS], dy[TILE_STEPS * CHANNELS], B[TILE_STEPS * N], C[TILE_STEPS * N]; };
+
+template <bool ADJOINT> __device__ __forceinline__ void carry(const ScanArgs& p) {
+  __shared__ CarryShared shared[WARPS];
+  const Place at(p);
+  CarryShared& s = shared[at.warp];
+  const bool ok = at.in_range(p);
+  const int channel = ok ? at.channel0 + at.column : 0;
+  const act_t* u = p.u + at.b * p.u_b + (int64)at.k * p.u_k + channel;
+  const delta_t* delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
+  const act_t* B = p.B + at.b * p.B_b + (int64)at.k * p.B_k;
+  const act_t* C = ADJOINT ? p.C + at.b * p.C_b + (int64)at.k * p.C_k : nullptr;
+  const act_t* dy = ADJOINT ? p.dy + at.b * p.dy_b + (int64)at.k * p.dy_k + channel : nullptr;
+  float a2[CPT][SPT], h[CPT][SPT], decay[CPT][SPT], adjoint[CPT][SPT], bias[VEC], total[CPT];
+  load_decay(p, at, a2);
+  load_columns(p.bias, p, at, bias);
+#pragma unroll
+  for (int i = 0; i < CPT; i++) {
+    total[i] = 0.f;
+#pragma unroll
+    for (int j = 0; j < SPT; j++) { h[i][j] = 0.f; adjoint[i][j] = 0.f; decay[i][j] = 1.f; }
+  }
+  if (N != D_STATE)
+    for (int i = at.lane; i < TILE_STEPS * N; i += 32) s.B[i] = s.C[i] = 0.f;
+
+  Rows raw_u, raw_dy;
+  DeltaRows raw_delta;
+#if GATE
+  const act_t* z = p.z + at.b * p.z_b + (int64)at.k * p.z_k + channel;
+  Rows raw_z;
+#endif
+  Projection raw_B, raw_C;
+  int tokens = load_tokens(p, at, at.first_step), next_tokens = load_tokens(p, at, at.first_step + TILE_STEPS);
+  auto load = [&](int first) {
+    raw_u.load(u, p.u_l, at, tokens, false, first);
+    raw_delta.load(delta, p.delta_l, at, tokens, STEP_ORDER, first);
+    raw_B.load(B, p.B_l, at, tokens, STEP_ORDER, first);
+    if constexpr (ADJOINT) {
+      raw_dy.load(dy, p.dy_l, at, tokens, false, first);
+      raw_C.load(C, p.C_l, at, tokens, STEP_ORDER, first);
+#if GATE
+      raw_z.load(z, p.z_l, at, tokens, false, first);
+#endif
+    }
+  };
+  load(at.first_step);
+  for (int first = at.first_step; first < at.end_step; first += TILE_STEPS) {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+      const int t = at.staged_step(i);
+      const bool valid = __shfl_sync(FULL_WARP, tokens, t) >= 0;
+      float f[VEC], x[VEC];
+      unpack(raw_delta.value[i], x);
+      unpack(raw_u.value[i], f);
+#pragma unroll
+      for (int v = 0; v < VEC; v++) x[v] = step_size(x[v] + bias[v], valid && ok);
+      store_floats<VEC>(s.x + t * CHANNELS + at.column, x);
+      store_floats<VEC>(s.u + t * CHANNELS + at.column, f);
+      if constexpr (ADJOINT) {
+        unpack(raw_dy.value[i], f);
+#if GATE
+        float gate[VEC];
+        unpack(raw_z.value[i], gate);
+#pragma unroll
+        for (int v = 0; v < VEC; v++) f[v] *= silu(gate[v]);
+#endif
+        store_floats<VEC>(s.dy + t * CHANNELS + at.column, f);
+      }
+    }
+    raw_B.stage(s.B, at);
+    if constexpr (ADJOINT) raw_C.stage(s.C, at);
+    __syncwarp();
+    tokens = next_tokens;
+    next_tokens = load_tokens(p, at, first + 2 * TILE_STEPS);
+    if (first + TILE_STEPS < at.end_step) load(first + TILE_STEPS);
+#pragma unroll
+    for (int t = 0; t < TILE_STEPS; t++) {
+      float x[CPT], f[CPT], gy[CPT], b[SPT], cc[SPT];
+      load_floats<CPT>(s.x + t * CHANNELS + at.c * CPT, x);
+      load_floats<CPT>(s.u + t * CHANNELS + at.c * CPT, f);
+      load_floats<SPT>(s.B + t * N + at.q * SPT, b);
+      if constexpr (ADJOINT) {
+        load_floats<CPT>(s.dy + t * CHANNELS + at.c * CPT, gy);
+        load_floats<SPT>(s.C + t * N + at.q * SPT, cc);
+      }
+#pragma unroll
+      for (int i = 0; i < CPT; i++) {
+        const float xu = x[i] * f[i];
+        total[i] += x[i];
+#pragma unroll
+        for (int j = 0; j < SPT; j++) {
+          const float a = decay_of(x[i], a2[i][j]);
+          h[i][j] = a * h[i][j] + xu * b[j];
+          if constexpr (ADJOINT) {
+            decay[i][j] *= a;
+            adjoint[i][j] += decay[i][j] * (cc[j] * gy[i]);
+          }
+        }
+      }
+    }
+    __syncwarp();
+  }
+  store_state(p, at, p.carry_state, at.bkc, h);
+  if constexpr (ADJOINT) store_state(p, at, p.carry_adjoint, at.bkc, adjoint);
+#pragma unroll
+  for (int i = 0; i < CPT; i++)
+    if (at.q == 0 && at.channel(i) < p.D_) p.carry_delta[at.bkc * p.D_ + at.channel(i)] = total[i];
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32) scan_carry(const __grid_constant__ ScanArgs p) { carry<false>(p); }
+extern "C" __global__ void __launch_bounds__(WARPS * 32) scan_carry_adjoint(const __grid_constant__ ScanArgs p) { carry<true>(p); }
+
+// Second pass: walk the chunks of a row. Turns each chunk's own contribution into the state that enters it, in place;
+// likewise, from the last chunk to the first, the adjoint.
+struct CombineArgs {
+  float *state, *adjoint;          // (rows, chunks, D, N), rows = B K; adjoint may be null
+  const float *delta, *A;          // (rows, chunks, D), (K, D, N)
+  const float *initial, *dlast;    // (rows, D, N), or null for zero
+  int64 rows;
+  int K, D, chunks, pad;
+};
+
+extern "C" __global__ void __launch_bounds__(128) combine_carries(const __grid_constant__ CombineArgs p) {
+  float *state = p.state, *adjoint = p.adjoint;
+  const int chunks = p.chunks;
+  const int64 D = p.D, index = (int64)blockIdx.x * 128 + threadIdx.x;
+  if (index >= p.rows * D * D_STATE) return;
+  const int64 dn = index % (D * D_STATE), row = index / (D * D_STATE), d = dn / D_STATE;
+  const int64 stride = D * D_STATE, base = row * chunks * stride + dn, delta_base = row * chunks * D + d;
+  const float a2 = p.A[(row % p.K) * stride + dn] * DECAY_SCALE;
+  float h = p.initial != nullptr ? p.initial[index] : 0.f;
+#pragma unroll 8
+  for (int c = 0; c < chunks; c++) {
+    const float own = state[base + c * stride], decay = decay_of(p.delta[delta_base + c * D], a2);
+    state[base + c * stride] = h;
+    h = decay * h + own;
+  }
+  if (adjoint == nullptr) return;
+  float g = p.dlast != nullptr ? p.dlast[index] : 0.f;
+#pragma unroll 8
+  for (int c = chunks - 1; c >= 0; c--) {
+    const float own = adjoint[base + c * stride], decay = decay_of(p.delta[delta_base + c * D], a2);
+    adjoint[base + c * stride] = g;
+    g = decay * g + own;
+  }
+}

@@ -1,0 +1,160 @@
+// What the scan's kernels share: their arguments, where a warp works, and what it loads and stores. See selective_scan.cu.
+#pragma once
+
+__device__ constexpr int next_power_of_two(int n) { int p = 1; while (p < n) p *= 2; return p; }
+
+constexpr int N = next_power_of_two(D_STATE);
+constexpr int STATE_LANES = N / SPT;
+constexpr int CHANNEL_LANES = 32 / STATE_LANES;
+constexpr int CHANNELS = CHANNEL_LANES * CPT;
+constexpr int TILE_STEPS = STEPS * WINDOWS;
+constexpr int ROW_LANES = CHANNELS / VEC;
+constexpr int PER_LANE = TILE_STEPS * ROW_LANES / 32;
+constexpr int BC_VEC = D_STATE % VEC == 0 ? VEC : 1;
+constexpr int BC_ROW = D_STATE / BC_VEC;
+constexpr int BC_PER_LANE = (TILE_STEPS * BC_ROW + 31) / 32;
+static_assert(SPT * STATE_LANES == N && STATE_LANES <= 32, "SPT does not fit D_STATE");
+static_assert(ROW_LANES <= 32 && PER_LANE * 32 == TILE_STEPS * ROW_LANES && TILE_STEPS <= 32, "tile does not fit a warp");
+
+struct ScanArgs {
+  const act_t* u;
+  const delta_t* delta;
+  const act_t *B, *C, *z, *dy;
+  const float *A, *D, *bias;      // (K, D, N), (K, D), (K, D); D and bias may be null
+  const int* order;               // (K, P)
+  const float *state_in;          // (B, K, chunks, D, N) state before each chunk, or null for zero
+  const float *adjoint_in;        // the same for the adjoint that enters at each chunk's end
+  void* y;                        // act_t, or float with PARTIAL; the backward's, with GATE: float (B, L, K, D)
+  float* last_state;              // (B, K, D, N)
+  float *carry_state, *carry_adjoint, *carry_delta;  // (B, K, chunks, D, N) twice, (B, K, chunks, D)
+  void* du;                       // act_t, or float with PARTIAL
+  delta_t* ddelta;                // (B, L, K, D)
+  float* dBC;                     // (B, K, tiles, L, 2 N): dB and dC summed over a block's channels
+  float* dparams;                 // (B chunks, K D (N + 2)): dA, dD, dbias of a chunk
+  float* dstate;                  // (B, K, D, N) gradient of the initial state, or null
+  float* checkpoints;             // scratch
+  int64 u_b, delta_b, B_b, C_b, z_b, dy_b, y_b, du_b;  // strides: _b and _k in elements, _l in bytes
+  int u_l, u_k, delta_l, delta_k, B_l, B_k, C_l, C_k, z_l, z_k, dy_l, dy_k, y_l, y_k, du_l, du_k;
+  int L, P, D_, K, chunks, chunk_steps, tiles, pad;
+};
+
+// Where this warp works.
+struct Place {
+  int b, k, chunk, tile, first_step, end_step, lane, warp;
+  int channel0;                   // first channel of the warp
+  int c, q;                       // compute layout: channel lane and state lane
+  int column;                     // staging layout: first channel, relative to channel0
+  int64 bkc;                      // (b K + k) chunks + chunk
+  __device__ __forceinline__ Place(const ScanArgs& p) {
+    int64 block = blockIdx.x;
+    tile = (int)(block % p.tiles); block /= p.tiles;
+    k = (int)(block % p.K); block /= p.K;
+    chunk = (int)(block % p.chunks);
+    b = (int)(block / p.chunks);
+    lane = threadIdx.x & 31; warp = threadIdx.x >> 5;
+    channel0 = (tile * WARPS + warp) * CHANNELS;
+    c = lane % CHANNEL_LANES; q = lane / CHANNEL_LANES;
+    column = (lane % ROW_LANES) * VEC;
+    first_step = chunk * p.chunk_steps;
+    end_step = min(p.P, first_step + p.chunk_steps);
+    bkc = ((int64)b * p.K + k) * p.chunks + chunk;
+  }
+  __device__ __forceinline__ bool in_range(const ScanArgs& p) const { return channel0 + column < p.D_; }
+  __device__ __forceinline__ int staged_step(int i) const { return lane / ROW_LANES + i * (32 / ROW_LANES); }
+  __device__ __forceinline__ int channel(int i) const { return channel0 + c * CPT + i; }
+  // Index of a state of this thread in a (..., D, N) array whose leading index is `lead`.
+  __device__ __forceinline__ int64 state(const ScanArgs& p, int64 lead, int i) const {
+    return (lead * p.D_ + channel(i)) * D_STATE + q * SPT;
+  }
+};
+
+// Lane t of the warp holds the token of step first + t, -1 where there is none.
+__device__ __forceinline__ int load_tokens(const ScanArgs& p, const Place& at, int first) {
+  int t = first + at.lane;
+  return at.lane < TILE_STEPS && t >= at.first_step && t < at.end_step ? p.order[(int64)at.k * p.P + t] : -1;
+}
+
+// One activation (u, delta, dy, z) of a group of steps, as loaded, in the staging layout. Steps without a token read
+// token 0: their Delta, C and dy are set to zero instead.
+template <class T, class R> struct RowsOf {
+  R value[PER_LANE];
+  __device__ __forceinline__ void load(const T* base, int stride, const Place& at, int tokens, bool by_step, int first) {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+      const int t = at.staged_step(i), token = __shfl_sync(FULL_WARP, tokens, t);
+      value[i] = *reinterpret_cast<const R*>(row_of(base, token >= 0 && by_step ? first + t : max(token, 0), stride));
+    }
+  }
+};
+typedef RowsOf<act_t, Raw<VEC>> Rows;
+typedef RowsOf<delta_t, RawDelta<VEC>> DeltaRows;
+
+// B or C of a group of steps: rows of D_STATE values that all lanes of a warp share.
+struct Projection {
+  Raw<BC_VEC> value[BC_PER_LANE];
+  __device__ __forceinline__ void load(const act_t* base, int stride, const Place& at, int tokens, bool by_step, int first) {
+#pragma unroll
+    for (int i = 0; i < BC_PER_LANE; i++) {
+      const int e = at.lane + 32 * i, t = e / BC_ROW, n = (e % BC_ROW) * BC_VEC;
+      const int token = __shfl_sync(FULL_WARP, tokens, t & 31);
+      value[i] = t < TILE_STEPS && token >= 0 ? load_raw<BC_VEC>(row_of(base, by_step ? first + t : token, stride) + n) : raw_zero<BC_VEC>();
+    }
+  }
+  __device__ __forceinline__ void stage(float* shared, const Place& at) const {
+#pragma unroll
+    for (int i = 0; i < BC_PER_LANE; i++) {
+      int e = at.lane + 32 * i, t = e / BC_ROW, n = (e % BC_ROW) * BC_VEC;
+      float f[BC_VEC];
+      unpack(value[i], f);
+      if (t < TILE_STEPS) store_floats<BC_VEC>(shared + t * N + n, f);
+    }
+  }
+};
+
+// A (K, D, N) in the compute layout, scaled as decay_of wants it.
+__device__ __forceinline__ void load_decay(const ScanArgs& p, const Place& at, float a2[CPT][SPT]) {
+#pragma unroll
+  for (int i = 0; i < CPT; i++)
+#pragma unroll
+    for (int j = 0; j < SPT; j++) {
+      bool ok = at.channel(i) < p.D_ && at.q * SPT + j < D_STATE;
+      a2[i][j] = ok ? p.A[at.state(p, at.k, i) + j] * DECAY_SCALE : 0.f;
+    }
+}
+
+__device__ __forceinline__ void load_state(const ScanArgs& p, const Place& at, const float* from, int64 lead, float h[CPT][SPT]) {
+#pragma unroll
+  for (int i = 0; i < CPT; i++)
+#pragma unroll
+    for (int j = 0; j < SPT; j++) {
+      bool ok = from != nullptr && at.channel(i) < p.D_ && at.q * SPT + j < D_STATE;
+      h[i][j] = ok ? from[at.state(p, lead, i) + j] : 0.f;
+    }
+}
+
+__device__ __forceinline__ void store_state(const ScanArgs& p, const Place& at, float* to, int64 lead, const float h[CPT][SPT]) {
+#pragma unroll
+  for (int i = 0; i < CPT; i++)
+#pragma unroll
+    for (int j = 0; j < SPT; j++)
+      if (at.channel(i) < p.D_ && at.q * SPT + j < D_STATE) to[at.state(p, lead, i) + j] = h[i][j];
+}
+
+// The per-channel parameters of a lane's columns in the staging layout.
+__device__ __forceinline__ void load_columns(const float* from, const ScanArgs& p, const Place& at, float f[VEC]) {
+#pragma unroll
+  for (int v = 0; v < VEC; v++) f[v] = from != nullptr && at.in_range(p) ? from[(int64)at.k * p.D_ + at.channel0 + at.column + v] : 0.f;
+}
+
+// Delta of one staged element: softplus(delta + bias), and 0 where there is no step, which leaves the state as it is.
+__device__ __forceinline__ float step_size(float v, bool valid) {
+  float x = SOFTPLUS ? softplus(v) : v;
+  return valid ? x : 0.f;
+}
+
+// Sum a step's outputs over the lanes that hold a channel's states, to the staging layout.
+__device__ __forceinline__ void store_output(float* shared, const Place& at, int t, float y[CPT]) {
+  const int kept = reduce_over_lanes<CPT, STATE_LANES, CHANNEL_LANES>(y, at.lane);
+  constexpr int KEPT = CPT > STATE_LANES ? CPT / STATE_LANES : 1, COPIES = STATE_LANES > CPT ? STATE_LANES / CPT : 1;
+  if (at.q % COPIES == 0) store_floats<KEPT>(shared + t * CHANNELS + at.c * CPT + kept, y);
+}
