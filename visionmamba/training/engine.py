@@ -275,6 +275,20 @@ class Trainer:
         """Return for each flag whether it is set in any process."""
         return [value > 0 for value in self.world.sum(*map(float, flags))]
 
+    def _backward(self, inputs: torch.Tensor, labels: torch.Tensor, mixing: bool) -> float:
+        """Accumulate the gradients of a step's passes; return its loss."""
+        total, passes = 0.0, self.config.accumulate
+        for number, (x, y) in enumerate(zip(inputs.chunk(passes), labels.chunk(passes), strict=True)):
+            x, y = x.to(self.world.device, non_blocking=True), y.to(self.world.device, non_blocking=True)
+            _check_labels(y, self.num_classes)
+            if mixing:
+                x, y = self.mixup(x, y)
+            with synchronizing(self.module, last=number == passes - 1):
+                loss = self._loss(x, y)
+                self.scaler.scale(loss / passes).backward()
+            total += loss.item() / passes
+        return total
+
     def _take_step(self, inputs: torch.Tensor, labels: torch.Tensor, epoch: int) -> float | None:
         """Do one optimiser step; return its loss, or None if it was left out."""
         config = self.config
@@ -286,16 +300,7 @@ class Trainer:
         self.schedule.step_update(self.step)
         self.optimizer.zero_grad()
         mixing = self.mixup is not None and not (config.mixup_off_epoch and epoch >= config.mixup_off_epoch)
-        total, passes = 0.0, config.accumulate
-        for number, (x, y) in enumerate(zip(inputs.chunk(passes), labels.chunk(passes), strict=True)):
-            x, y = x.to(self.world.device, non_blocking=True), y.to(self.world.device, non_blocking=True)
-            _check_labels(y, self.num_classes)
-            if mixing:
-                x, y = self.mixup(x, y)
-            with synchronizing(self.module, last=number == passes - 1):
-                loss = self._loss(x, y)
-                self.scaler.scale(loss / passes).backward()
-            total += loss.item() / passes
+        total = self._backward(inputs, labels, mixing)
         self.scaler.unscale_(self.optimizer)
         norm = self._gradient_norm()
         # float16's scaler leaves out steps with an overflow itself, and lowers its scale
