@@ -383,7 +383,7 @@ def test_checkpoint_of_another_family_is_an_error(tmp_path):
     assert torch.equal(backbone.model.patch_embed.conv1.weight, before)
 
 
-@pytest.mark.parametrize("change", ["missing", "unexpected"])
+@pytest.mark.parametrize("change", ["missing", pytest.param("unexpected", marks=pytest.mark.slow)])
 def test_checkpoint_that_misfits_by_one_key_is_an_error(change, tmp_path):
     weights = timm.create_model("test_vmamba").state_dict()
     if change == "missing":

@@ -30,7 +30,6 @@ CONFIGS = [
 FAST = (
     "detection/vmamba/mask-rcnn_vmamba-t-s1l8_fpn_1x_coco.py",
     "detection/plainmamba/retinanet_plainmamba-l1_adapter_fpn_1x_coco.py",
-    "detection/vim/cascade-mask-rcnn_vim-t_simple-fpn_8xb8-lsj-100e_coco.py",
     "segmentation/local_mamba/local-vim-t_upernet_8xb2-160k_ade20k-512x512.py",
 )
 MICRO = {
