@@ -76,7 +76,7 @@ def state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_
 def state_update_supports(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices) -> str | None:
     """Return why the kernel cannot take a call, or None."""
     if state.dtype not in CODES or x.dtype not in CODES:
-        return "takes float32, float16 and bfloat16"
+        return f"takes float32, float16 and bfloat16, not {state.dtype} and {x.dtype}"
     if any(y is not None and y.dtype != x.dtype for y in (dt, B, C, z)):
         return "takes dt, B, C and z of the dtype of x"
     if state.stride(-1) != 1 and state.shape[-1] != 1:
@@ -102,5 +102,5 @@ def conv_update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_ind
 def conv_update_supports(x, conv_state, *_arguments) -> str | None:
     """Return why the kernel cannot take a call, or None."""
     if x.dtype not in CODES or conv_state.dtype not in CODES:
-        return "takes float32, float16 and bfloat16"
+        return f"takes float32, float16 and bfloat16, not {x.dtype} and {conv_state.dtype}"
     return None
