@@ -151,6 +151,14 @@ class TestSmoke:
         runs = [results(causal_conv1d, case, case.leaves(device=device)) for _ in range(2)]
         assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
+    @pytest.mark.parametrize("width", [2, 4])
+    def test_results_outlive_the_next_call(self, width, device):
+        x, weight = torch.randn(2, 1, 9, 1, device=device), torch.randn(1, 1, width, device=device)
+        first = causal_conv1d(x[0], weight)
+        kept = [result.clone() for result in first]
+        causal_conv1d(x[1], weight)
+        assert all(torch.equal(result, before) for result, before in zip(first, kept, strict=True))
+
 
 class TestAgainstReference:
     @pytest.mark.parametrize("name", CASES)

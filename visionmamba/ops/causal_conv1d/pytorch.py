@@ -103,7 +103,8 @@ def _final_index(walk: _Walk, past: int) -> torch.Tensor:
 
 def _final_states(walk: _Walk, past: int) -> torch.Tensor:
     if walk.visited is None:
-        return walk.window[:, :, walk.window.shape[2] - past :].transpose(-1, -2).contiguous()
+        last = walk.window[:, :, walk.window.shape[2] - past :].transpose(-1, -2)
+        return last.clone(memory_format=torch.contiguous_format)  # never a view of scratch memory
     index = _final_index(walk, past)
     directions = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
     return walk.window[:, directions, index].transpose(-1, -2).contiguous()  # (B, K, D, W - 1)
