@@ -10,7 +10,7 @@ import torch
 _REASON = 'needs OpenMMLab: pip install "visionmamba[openmmlab]"'
 pytest.importorskip("mmengine", reason=_REASON)
 pytest.importorskip("mmcv", reason=_REASON)
-openmmlab = pytest.importorskip("visionmamba.openmmlab", reason=_REASON)
+openmmlab = pytest.importorskip("visionmamba.openmmlab", reason=_REASON, exc_type=ImportError)
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from golden import golden  # noqa: E402

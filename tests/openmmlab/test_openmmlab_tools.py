@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from make_digit_scenes import make_digit_scenes  # noqa: E402
 
+_REASON = 'needs OpenMMLab: pip install "visionmamba[openmmlab]"'
 DETECTION = ROOT / "configs/detection/digit_scenes/mask-rcnn_vmamba-t-s1l8_fpn_1xb16-36e_digit-scenes.py"
 SEGMENTATION = ROOT / "configs/segmentation/digit_scenes/vmamba-t-s1l8_upernet_1xb16-4k_digit-scenes-256x256.py"
 
@@ -72,7 +73,7 @@ def test_digit_scenes_appear_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def load(path, scenes, **options):
     """Return a config of the digit scenes with a micro backbone."""
-    pytest.importorskip("visionmamba.openmmlab", reason='needs OpenMMLab: pip install "visionmamba[openmmlab]"')
+    pytest.importorskip("visionmamba.openmmlab", reason=_REASON, exc_type=ImportError)
     from visionmamba.openmmlab.runner import load_config
 
     data = {f"{name}_dataloader.dataset.data_root": f"{scenes}/" for name in ("train", "val")}
@@ -96,6 +97,7 @@ def load(path, scenes, **options):
     ids=["detection", "segmentation"],
 )
 def test_browse_and_predict_folder(path, options, scenes, tmp_path):
+    pytest.importorskip("visionmamba.openmmlab", reason=_REASON, exc_type=ImportError)
     config = load(path, scenes, **options)
     import torch
 
@@ -155,7 +157,7 @@ def test_report_of_a_resumed_training(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_trainings_resume(tmp_path):
-    pytest.importorskip("visionmamba.openmmlab", reason='needs OpenMMLab: pip install "visionmamba[openmmlab]"')
+    pytest.importorskip("visionmamba.openmmlab", reason=_REASON, exc_type=ImportError)
     command = [sys.executable, str(ROOT / "tools/check_resume.py"), str(tmp_path / "work")]
     completed = subprocess.run(command, capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr[-3000:]

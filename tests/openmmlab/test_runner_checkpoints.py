@@ -7,7 +7,7 @@ import pytest
 import torch
 
 _REASON = 'needs OpenMMLab: pip install "visionmamba[openmmlab]"'
-pytest.importorskip("visionmamba.openmmlab", reason=_REASON)
+pytest.importorskip("visionmamba.openmmlab", reason=_REASON, exc_type=ImportError)
 
 from mmengine.logging import HistoryBuffer  # noqa: E402
 

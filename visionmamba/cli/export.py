@@ -22,16 +22,22 @@ def _parse_size(size: str) -> tuple[int, int]:
     raise CommandError(f"--size: expected HxW such as 224x224, got {size!r}")
 
 
-def _model(name: str, checkpoint: Path | None, num_classes: int | None, random_weights: bool) -> nn.Module:
+def _check_model(name: str, checkpoint: Path | None) -> None:
     import timm
 
-    from visionmamba.inference import create_classifier
     from visionmamba.zoo import model_names
 
     if not timm.is_model(name.split(".")[0]):
         check_model_name(name, model_names())
     if checkpoint is not None and not checkpoint.is_file():
         raise CommandError(f"--checkpoint: no such file: {checkpoint}")
+
+
+def _model(name: str, checkpoint: Path | None, num_classes: int | None, random_weights: bool) -> nn.Module:
+    import timm
+
+    from visionmamba.inference import create_classifier
+
     try:
         if random_weights:
             return timm.create_model(name, **({} if num_classes is None else {"num_classes": num_classes})).eval()
@@ -67,10 +73,11 @@ def export(
     side = _parse_size(size) if size else None
     from visionmamba.export import FORMATS, ExportError, compare_with_eager, export_model, missing_requirement
 
+    _check_model(model, checkpoint)
+    out = check_writable(out or Path(f"{model}{FORMATS[format]}"))
     missing = missing_requirement(format)
     if missing:
         raise CommandError(missing)
-    out = check_writable(out or Path(f"{model}{FORMATS[format]}"))
     network = _model(model, checkpoint, num_classes, random_weights)
     from visionmamba.inference import input_size
 
