@@ -11,6 +11,14 @@ pytest.importorskip("visionmamba.openmmlab", reason=_REASON, exc_type=ImportErro
 
 from mmengine.logging import HistoryBuffer  # noqa: E402
 
+from visionmamba.openmmlab import allow_runner_checkpoints  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def allowed():
+    """The maintained mmengine admits the same for the time of a load, and takes it away from everybody after it."""
+    allow_runner_checkpoints()
+
 
 def test_a_log_is_read(tmp_path):
     history = HistoryBuffer()
