@@ -271,10 +271,12 @@ class TestAgainstReference:
 class TestBlocksOfSteps:
     """The PyTorch fallback walks long paths in blocks of steps, which hand their states on."""
 
-    @pytest.mark.parametrize("elements", [1, 300, 1000])
+    @pytest.mark.parametrize("by_steps", [False, True])
+    @pytest.mark.parametrize("elements", [1, 300, 1000, 1 << 22])
     @pytest.mark.parametrize("name", ["cross_63_n16", "step_order", "unequal_lengths", "states_in_and_out"])
-    def test_blocks_of_any_length(self, name, elements, monkeypatch):
+    def test_blocks_of_any_length(self, name, elements, by_steps, monkeypatch):
         monkeypatch.setattr(pytorch, "_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(pytorch, "_STEP_ELEMENTS", 1 if by_steps else 1 << 30)
         with backend("torch"):
             check(CASES[name], "cpu")
 

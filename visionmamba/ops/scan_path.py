@@ -46,6 +46,7 @@ __all__ = [
     "scan_path",
     "scan_rows",
     "scatter_steps_",
+    "steps_to_tokens",
     "visited_steps",
 ]
 
@@ -323,6 +324,36 @@ def visited_steps(name: str, grid: tuple[int, ...], device: torch.device, dtype:
     if not scan_path(name, grid).has_gaps:
         return None
     return (scan_order(name, grid, device) >= 0).unsqueeze(-1).to(dtype)
+
+
+@lru_cache(maxsize=1024)
+def _cached_token_rows(name: str, grid: Grid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the rows (L, K) of (K P) that hold each token, and where there is none (L, K, 1), or None."""
+    path = scan_path(name, grid)
+    rows = np.maximum(path.inverse, 0).astype(np.int64) + path.num_steps * np.arange(path.num_directions)[:, None]
+    missing = (path.inverse < 0).T[:, :, None]
+    with torch.inference_mode(False):
+        mask = torch.tensor(missing, device=device) if missing.any() else None
+        return torch.tensor(np.ascontiguousarray(rows.T), device=device), mask
+
+
+def steps_to_tokens(values: torch.Tensor, name: str, grid: tuple[int, ...], buffer: str | None = None) -> torch.Tensor:
+    """Bring values from path order to the tokens' order, with 0 where a direction does not visit a token.
+
+    Args:
+        values: ``(B, K, P, C)``.
+        name: Path name.
+        grid: Size of the token grid.
+        buffer: Scratch buffer to bring them into.
+
+    Returns:
+        ``(B, L, K, C)``: a new tensor, or the scratch buffer.
+    """
+    rows, missing = _cached_token_rows(name, tuple(int(size) for size in grid), values.device)
+    shape = (values.shape[0], rows.numel(), values.shape[3])
+    out = None if buffer is None else scratch(buffer, shape, values.device, values.dtype)
+    tokens = torch.index_select(values.flatten(1, 2), 1, rows.flatten(), out=out).unflatten(1, rows.shape)
+    return tokens if missing is None else tokens.masked_fill_(missing, 0.0)
 
 
 def scatter_steps_(out: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:

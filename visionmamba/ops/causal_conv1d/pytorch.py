@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
 from .._scratch import scratch
 from ..backend import Implementation, register_implementation
-from ..scan_path import gather_steps, scan_inverse, scan_path, scan_rows, visited_steps
+from ..scan_path import gather_steps, scan_rows, steps_to_tokens, visited_steps
 
 __all__ = ["backward", "forward"]
 
@@ -68,28 +67,11 @@ def _preactivation(walk: _Walk, weight: torch.Tensor, bias: torch.Tensor | None)
     return total
 
 
-@lru_cache(maxsize=1024)
-def _token_rows(path: str, grid: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the rows (L, K) of (K P) that hold each token, and where there is none (L, K, 1), or None."""
-    step = scan_inverse(path, grid, device).long().t()
-    first = scan_path(path, grid).num_steps * torch.arange(step.shape[1], device=device)
-    missing = step < 0
-    return step.clamp(min=0) + first, missing.unsqueeze(-1) if missing.any() else None
-
-
-def _to_tokens(values: torch.Tensor, path: str, grid: list[int]) -> torch.Tensor:
-    """Bring (B, K, P, D) from path order to the tokens' order, (B, L, K, D), with 0 where a token is not visited."""
-    with torch.inference_mode(False):  # the table outlives the caller's mode
-        rows, missing = _token_rows(path, tuple(grid), values.device)
-    tokens = values.flatten(1, 2).index_select(1, rows.flatten()).unflatten(1, rows.shape)
-    return tokens if missing is None else tokens.masked_fill_(missing, 0.0)
-
-
 def forward(x, weight, bias, seq_idx, initial_states, path, grid, silu):
     """Compute the op ``visionmamba::causal_conv1d``; see :func:`visionmamba.ops.causal_conv1d`."""
     walk = _walk(x, weight, seq_idx, initial_states, path, grid)
     total = _preactivation(walk, weight, bias)
-    out = _to_tokens(F.silu(total, inplace=True) if silu else total, path, grid)
+    out = steps_to_tokens(F.silu(total, inplace=True) if silu else total, path, grid)
     return out.to(x.dtype), _final_states(walk, weight.shape[2] - 1).to(x.dtype)
 
 
@@ -135,7 +117,7 @@ def backward(dout, dfinal, x, weight, bias, seq_idx, initial_states, path, grid,
         index = _final_index(walk, width - 1)
         for k in range(index.shape[0]):
             dwindow[:, k].index_add_(1, index[k], dfinal[:, k].to(dtype).transpose(-1, -2))
-    dx = _to_tokens(dwindow[:, :, width - 1 :], path, grid)
+    dx = steps_to_tokens(dwindow[:, :, width - 1 :], path, grid)
     dinitial = None if initial_states is None else dwindow[:, :, : width - 1].transpose(-1, -2)
     return (dx.sum(2) if x.dim() == 3 else dx), dweight, None if bias is None else dtotal.sum((0, 2)), dinitial
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .._scratch import scratch
 from ..backend import Implementation, register_implementation
-from ..scan_path import gather_steps, scan_rows, scatter_steps_, visited_steps
+from ..scan_path import gather_steps, scan_rows, scatter_steps_, steps_to_tokens, visited_steps
 
 __all__ = ["backward", "forward", "scan_states_"]
 
@@ -81,8 +81,11 @@ def scan_states_(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> torch.Ten
     """
     steps = a.shape[2]
     if h.device.type == "cpu" and h.numel() >= _STEP_ELEMENTS:
-        for a_t, b_t in zip(a.unbind(2), b.unbind(2), strict=True):
-            h = b_t.addcmul_(a_t, h)
+        decays, steps = a.unbind(2), b.unbind(2)
+        steps[0].addcmul_(decays[0], h)
+        # on a CPU a list operation is a loop over the list, in its order: each step finds the one before it done
+        if len(steps) > 1:
+            torch._foreach_addcmul_(steps[1:], decays[1:], steps[:-1])
         return b
     length = math.isqrt(steps)
     whole = steps - steps % length
@@ -193,12 +196,18 @@ def forward(
 ):
     """Compute the op ``visionmamba::selective_scan``; see :func:`visionmamba.ops.selective_scan`."""
     scan = _Scan(u, delta, A, B, C, D, delta_bias, dt_weight, path, grid, delta_softplus, in_step_order)
-    y, h = scan.empty_output(merge), scan.initial_state(initial_state)
+    h = scan.initial_state(initial_state)
+    y = scan.empty_output(merge) if len(scan.starts) > 1 else None
     for start in scan.starts:
         block = scan.block(start)
         states = scan.states(block, h, block.a)
         h = states[:, :, -1].clone()
-        scatter_steps_(y, block.token, scan.outputs(block, states))
+        out = scan.outputs(block, states)
+        if y is not None:
+            scatter_steps_(y, block.token, out)
+        else:
+            y = steps_to_tokens(out, path, grid, "tokens" if merge else None)
+            y = y.sum(2) if merge else y
     if z is not None:
         y.mul_(F.silu(_gate(z, y.dim()).to(scan.dtype)))
     return y.to(u.dtype), h.transpose(2, 3).contiguous()
