@@ -38,10 +38,10 @@ from ._scratch import scratch
 
 __all__ = [
     "ScanPath",
+    "direction_rows",
     "gather_steps",
     "padded_grid",
     "register_direction",
-    "scan_inverse",
     "scan_order",
     "scan_path",
     "scan_rows",
@@ -221,26 +221,6 @@ def _cached_order(name: str, grid: Grid, device: torch.device) -> torch.Tensor:
         return torch.tensor(scan_path(name, grid).order, device=device)
 
 
-@lru_cache(maxsize=1024)
-def _cached_inverse(name: str, grid: Grid, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(scan_path(name, grid).inverse, device=device)
-
-
-def scan_inverse(name: str, grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return a path's ``(K, L)`` int32 table of the step that visits each token, -1 where none does, from a cache.
-
-    Args:
-        name: Path name.
-        grid: Size of the token grid.
-        device: Where the table is needed.
-
-    Returns:
-        The table; shared between callers, not to be written.
-    """
-    return _cached_inverse(name, tuple(int(size) for size in grid), device)
-
-
 def scan_order(name: str, grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return a path's ``(K, P)`` int32 index table on a device, from a cache.
 
@@ -279,33 +259,41 @@ def scan_rows(name: str, grid: tuple[int, ...], device: torch.device, per_direct
     return _cached_rows(name, tuple(int(size) for size in grid), device, per_direction)
 
 
+def direction_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return which rows of ``x``, with L and K flattened, hold the tokens ``index``.
+
+    Args:
+        x: ``(B, L, C)``, the same for all directions, or ``(B, L, K, C)``.
+        index: Tokens, ``(K, T)`` int64.
+
+    Returns:
+        ``(K, T)`` rows for :func:`gather_steps`.
+    """
+    if x.dim() == 3:
+        return index
+    return index * x.shape[2] + torch.arange(x.shape[2], device=x.device).unsqueeze(1)
+
+
 def gather_steps(
-    x: torch.Tensor,
-    index: torch.Tensor,
-    dtype: torch.dtype | None = None,
-    name: str | None = None,
-    flat: bool = False,
+    x: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype | None = None, buffer: str | None = None
 ) -> torch.Tensor:
     """Take rows of tokens in the order of a path's steps.
 
     Args:
         x: ``(B, L, C)``, the same for all directions, or ``(B, L, K, C)``.
-        index: Rows to take, ``(K, T)`` int64.
+        rows: ``(K, T)`` int64 rows of ``x`` with L and K flattened, from :func:`scan_rows` or :func:`direction_rows`.
         dtype: Of the result; that of ``x`` by default.
-        name: Scratch buffer to take them into.
-        flat: The index already counts rows of ``x`` with L and K flattened.
+        buffer: Scratch buffer to take them into.
 
     Returns:
         ``(B, K, T, C)``: a new tensor, or the scratch buffer.
     """
     if x.dim() == 4:
-        if not flat:
-            index = index * x.shape[2] + torch.arange(x.shape[2], device=x.device).unsqueeze(1)
         x = x.flatten(1, 2)
-    if name is None or dtype not in (None, x.dtype):
-        return x.index_select(1, index.flatten()).unflatten(1, index.shape).to(dtype or x.dtype)
-    out = scratch(name, (x.shape[0], index.numel(), x.shape[2]), x.device, x.dtype)
-    return torch.index_select(x, 1, index.flatten(), out=out).unflatten(1, index.shape)
+    if buffer is None or dtype not in (None, x.dtype):
+        return x.index_select(1, rows.flatten()).unflatten(1, rows.shape).to(dtype or x.dtype)
+    out = scratch(buffer, (x.shape[0], rows.numel(), x.shape[2]), x.device, x.dtype)
+    return torch.index_select(x, 1, rows.flatten(), out=out).unflatten(1, rows.shape)
 
 
 def visited_steps(name: str, grid: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .._scratch import scratch
 from ..backend import Implementation, register_implementation
-from ..scan_path import gather_steps, scan_rows, steps_to_tokens, visited_steps
+from ..scan_path import direction_rows, gather_steps, scan_rows, steps_to_tokens, visited_steps
 
 __all__ = ["backward", "forward"]
 
@@ -42,7 +42,7 @@ def _walk(x, weight, seq_idx, initial_states, path, grid) -> _Walk:
     token, visited = scan_rows(path, grid, x.device), visited_steps(path, grid, x.device, dtype)
     past = weight.shape[2] - 1
     before = token[:, :1].expand(-1, past)  # any tokens: they are overwritten
-    window = gather_steps(x, torch.cat([before, token], dim=1), dtype, "window")
+    window = gather_steps(x, direction_rows(x, torch.cat([before, token], dim=1)), dtype, "window")
     window[:, :, :past] = 0 if initial_states is None else initial_states.transpose(-1, -2)
     if visited is not None:
         window[:, :, past:].mul_(visited)
@@ -56,12 +56,12 @@ def _walk(x, weight, seq_idx, initial_states, path, grid) -> _Walk:
 def _preactivation(walk: _Walk, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     width = weight.shape[2]
     taps = weight.to(walk.window.dtype).permute(2, 0, 1).unsqueeze(2).contiguous()  # (W, K, 1, D)
-    out = scratch("total", walk.tap(0).shape, weight.device, taps.dtype)
-    total = (
-        torch.mul(walk.tap(0), taps[-1], out=out)
-        if bias is None
-        else torch.addcmul(bias.to(taps.dtype).unsqueeze(1), walk.tap(0), taps[-1], out=out)
-    )
+    current = walk.tap(0)
+    total = scratch("total", current.shape, weight.device, taps.dtype)
+    if bias is None:
+        torch.mul(current, taps[-1], out=total)
+    else:
+        torch.addcmul(bias.to(taps.dtype).unsqueeze(1), current, taps[-1], out=total)
     for j in range(1, width):
         total.addcmul_(walk.tap(j), taps[width - 1 - j])
     return total
@@ -96,7 +96,7 @@ def backward(dout, dfinal, x, weight, bias, seq_idx, initial_states, path, grid,
     """Compute the gradients of x, weight, bias and initial_states; None for absent ones."""
     walk = _walk(x, weight, seq_idx, initial_states, path, grid)
     dtype, width, steps = walk.window.dtype, weight.shape[2], walk.token.shape[1]
-    dtotal = gather_steps(dout, walk.token, dtype)
+    dtotal = gather_steps(dout, direction_rows(dout, walk.token), dtype)
     if walk.visited is not None:
         dtotal.mul_(walk.visited)
     if silu:

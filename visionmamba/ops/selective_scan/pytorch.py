@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .._scratch import scratch
 from ..backend import Implementation, register_implementation
-from ..scan_path import gather_steps, scan_rows, scatter_steps_, steps_to_tokens, visited_steps
+from ..scan_path import direction_rows, gather_steps, scan_rows, scatter_steps_, steps_to_tokens, visited_steps
 
 __all__ = ["backward", "forward", "scan_states_"]
 
@@ -126,7 +126,7 @@ class _Scan:
         self.row, self.rows = self.token, scan_rows(path, grid, u.device, per_direction=True)
         if in_step_order:
             self.row = torch.arange(self.token.shape[1], device=u.device).expand_as(self.token)
-            self.rows = self.row * len(self.row) + torch.arange(len(self.row), device=u.device).unsqueeze(1)
+            self.rows = direction_rows(delta, self.row)
         self.visited = visited_steps(path, grid, u.device, dtype)
         directions, channels, states = A.shape
         self.num_steps = self.token.shape[1]
@@ -146,7 +146,7 @@ class _Scan:
         steps = slice(start, start + self.starts.step)
         visited = self.visited if self.visited is None else self.visited[:, steps]
         rows = self.rows[:, steps]
-        pre = gather_steps(self.delta, rows, self.dtype, flat=True)
+        pre = gather_steps(self.delta, rows, self.dtype)
         if self.dt_weight is not None:
             weight = self.dt_weight.transpose(1, 2)
             out = scratch("pre", (*pre.shape[:3], weight.shape[2]), pre.device, self.dtype)
@@ -158,8 +158,8 @@ class _Scan:
             step = torch.ops.aten.softplus.out(pre, out=self.buffer("step", pre))
         step = _masked(step, visited)
         a = self.product("a", step.unsqueeze(-2), self.A.unsqueeze(1)).exp_()
-        u = gather_steps(self.u, self.rows_of_u[:, steps], self.dtype, "u", flat=True)
-        B, C = (gather_steps(x, rows, self.dtype, flat=True) for x in (self.B, self.C))
+        u = gather_steps(self.u, self.rows_of_u[:, steps], self.dtype, "u")
+        B, C = (gather_steps(x, rows, self.dtype) for x in (self.B, self.C))
         return _Block(self.token[:, steps], self.row[:, steps], visited, u, pre, step, a, B, C)
 
     def states(self, block: _Block, h: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
@@ -252,7 +252,7 @@ def backward(
         block = scan.block(start)
         decay = scratch("decay", block.a.shape, u.device, scan.dtype)
         states = scan.states(block, carry, decay.copy_(block.a))
-        dy_t = _masked(gather_steps(dy, block.token), block.visited)
+        dy_t = _masked(gather_steps(dy, direction_rows(dy, block.token)), block.visited)
         # g_t = C_t dy_t + a_{t+1} g_{t+1}
         drive = scan.product("adjoint", dy_t.unsqueeze(-2), block.C.unsqueeze(-1))
         adjoint = _adjoint_states_(block.a, drive, g)
@@ -277,7 +277,9 @@ def backward(
         if dbias is not None:
             dbias += dpre.sum((0, 2))
         if ddt_weight is not None:
-            ddt_weight += torch.einsum("bktd,bktr->kdr", dpre, gather_steps(delta, block.row, scan.dtype))
+            ddt_weight += torch.einsum(
+                "bktd,bktr->kdr", dpre, gather_steps(delta, direction_rows(delta, block.row), scan.dtype)
+            )
             dpre = dpre @ scan.dt_weight
         scatter_steps_(ddelta, block.row, dpre)
     dinitial_state = None if initial_state is None else g.transpose(2, 3)

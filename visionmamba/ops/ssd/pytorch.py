@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..backend import Implementation, register_implementation
-from ..scan_path import gather_steps, scan_order, scatter_steps_
+from ..scan_path import direction_rows, gather_steps, scan_order, scatter_steps_
 
 __all__ = ["backward", "forward"]
 
@@ -87,7 +87,7 @@ class _SSD:
     def _rows(self, activation, token, trailing):
         """Tokens of an activation (B, L, [K], *trailing), as (B, K, Q, *trailing)."""
         flat = activation.flatten(-len(trailing)) if len(trailing) > 1 else activation
-        return gather_steps(flat, token, self.dtype).unflatten(-1, trailing)
+        return gather_steps(flat, direction_rows(flat, token), self.dtype).unflatten(-1, trailing)
 
     def grouped(self, projection, token):
         """Tokens of B or C as (B, S, Q, N)."""
@@ -270,7 +270,7 @@ def backward(
     g = torch.zeros_like(h) if dfinal is None else ssd.initial_state(dfinal)
     for start, h in zip(reversed(ssd.starts), reversed(states), strict=True):
         chunk = ssd.chunk(start)
-        dy_rows = gather_steps(dy, chunk.token, ssd.dtype) * chunk.visited
+        dy_rows = gather_steps(dy, direction_rows(dy, chunk.token), ssd.dtype) * chunk.visited
         dy_chunk = ssd.heads_first(dy_rows.unflatten(-1, (ssd.heads, ssd.head_dim)))
         gradients = _chunk_backward(ssd, chunk, h, dy_chunk, g)
         g = gradients.h
