@@ -22,6 +22,60 @@ def _softplus(x):
 
 
 @triton.jit
+def _visit(order_ptr, t, STEP_ORDER: tl.constexpr):
+    """Return the token of step t, the row of Delta, B and C that belongs to it, and whether there is a token."""
+    token = tl.load(order_ptr + t)
+    valid = token >= 0
+    at = tl.maximum(token, 0).to(tl.int64)
+    row = at
+    if STEP_ORDER:
+        row = tl.where(valid, t, 0).to(tl.int64)
+    return at, row, valid
+
+
+@triton.jit
+def _load_step(delta_ptr, bias, d, D, valid, SOFTPLUS: tl.constexpr):
+    """Return Delta, 0 where there is no token or channel, and d Delta / d delta."""
+    step = tl.load(delta_ptr + d, mask=d < D, other=0.0).to(tl.float32) + bias
+    slope = tl.full(step.shape, 1.0, tl.float32)
+    if SOFTPLUS:
+        slope = tl.sigmoid(step)
+        step = _softplus(step)
+    return tl.where(d < tl.where(valid, D, 0), step, 0.0), slope
+
+
+@triton.jit
+def _advance(h, A, step, u, B):
+    """Return the next state and its decay."""
+    a = tl.exp(step[:, None] * A)
+    return a * h + (step * u)[:, None] * B[None, :], a
+
+
+@triton.jit
+def _load_channels(ptr, d, D, GIVEN: tl.constexpr):
+    """Return a parameter of each channel, or zeros where there is none."""
+    return tl.load(ptr + d, mask=d < D, other=0.0) if GIVEN else tl.zeros(d.shape, tl.float32)
+
+
+@triton.jit
+def _load_states(ptr, mask, GIVEN: tl.constexpr):
+    """Return a value of each state, or zeros where there is none."""
+    return tl.load(ptr, mask=mask, other=0.0) if GIVEN else tl.zeros(mask.shape, tl.float32)
+
+
+@triton.jit
+def _walk_step(h, A, bias, u_ptr, delta_ptr, B_ptr, order_ptr, t, u_l, delta_l, B_l, d, n, D, N,
+               SOFTPLUS: tl.constexpr, STEP_ORDER: tl.constexpr):  # fmt: skip
+    """Walk step t; return the state after it, u, and where the step was: token, row, whether there is a token."""
+    at, row, valid = _visit(order_ptr, t, STEP_ORDER)
+    u = tl.load(u_ptr + at * u_l + d, mask=d < D, other=0.0).to(tl.float32)
+    step, _ = _load_step(delta_ptr + row * delta_l, bias, d, D, valid, SOFTPLUS)
+    B = tl.load(B_ptr + row * B_l + n, mask=n < N, other=0.0).to(tl.float32)
+    h, _ = _advance(h, A, step, u, B)
+    return h, u, at, row, valid
+
+
+@triton.jit
 def scan_forward(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, order_ptr, state_ptr, y_ptr, last_ptr,
     L, P, K, D, N, u_b, u_l, u_k, delta_b, delta_l, delta_k, B_b, B_l, B_k, C_b, C_l, C_k,
@@ -31,35 +85,23 @@ def scan_forward(
     """Write y (B, L, K, D) and the last state (B, K, D, N), both in float32."""
     b, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
     d, n = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    channel, state = d < D, n < N
-    both = channel[:, None] & state[None, :]
+    both = (d < D)[:, None] & (n < N)[None, :]
     own = (k * D + d)[:, None] * N + n[None, :]
     A = tl.load(A_ptr + own, mask=both, other=0.0)
-    skip = tl.load(D_ptr + k * D + d, mask=channel, other=0.0) if SKIP else tl.zeros([BLOCK_D], tl.float32)
-    bias = tl.load(bias_ptr + k * D + d, mask=channel, other=0.0) if BIAS else tl.zeros([BLOCK_D], tl.float32)
-    h = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
-    if STATE:
-        h = tl.load(state_ptr + b * K * D * N + own, mask=both, other=0.0)
+    skip = _load_channels(D_ptr + k * D, d, D, SKIP)
+    bias = _load_channels(bias_ptr + k * D, d, D, BIAS)
+    h = _load_states(state_ptr + b * K * D * N + own, both, STATE)
+    order_ptr += k * P
     u_ptr += b * u_b + k * u_k
     delta_ptr += b * delta_b + k * delta_k
     B_ptr += b * B_b + k * B_k
     C_ptr += b * C_b + k * C_k
     y_ptr += b * L * K * D + k * D
     for t in range(P):
-        token = tl.load(order_ptr + k * P + t)
-        valid = token >= 0
-        at = tl.maximum(token, 0).to(tl.int64)
-        row = at
-        if STEP_ORDER:
-            row = tl.where(valid, t, 0).to(tl.int64)
-        u = tl.load(u_ptr + at * u_l + d, mask=channel, other=0.0).to(tl.float32)
-        step = tl.load(delta_ptr + row * delta_l + d, mask=channel, other=0.0).to(tl.float32) + bias
-        if SOFTPLUS:
-            step = _softplus(step)
-        step = tl.where(d < tl.where(valid, D, 0), step, 0.0)
-        B = tl.load(B_ptr + row * B_l + n, mask=state, other=0.0).to(tl.float32)
-        C = tl.load(C_ptr + row * C_l + n, mask=state, other=0.0).to(tl.float32)
-        h = tl.exp(step[:, None] * A) * h + (step * u)[:, None] * B[None, :]
+        h, u, at, row, valid = _walk_step(
+            h, A, bias, u_ptr, delta_ptr, B_ptr, order_ptr, t, u_l, delta_l, B_l, d, n, D, N, SOFTPLUS, STEP_ORDER
+        )
+        C = tl.load(C_ptr + row * C_l + n, mask=n < N, other=0.0).to(tl.float32)
         y = tl.sum(h * C[None, :], axis=1) + skip * u
         tl.store(y_ptr + at * K * D + d, y, mask=d < tl.where(valid, D, 0))
     tl.store(last_ptr + b * K * D * N + own, h, mask=both)
@@ -76,15 +118,13 @@ def scan_backward(
     """Gradients in float32: du, ddelta (B, L, K, D); dB, dC (blocks, B, L, K, N); dA, dD, dbias of each b."""
     b, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
     d, n = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    channel, state = d < D, n < N
-    both = channel[:, None] & state[None, :]
+    both = (d < D)[:, None] & (n < N)[None, :]
     own = (k * D + d)[:, None] * N + n[None, :]
     A = tl.load(A_ptr + own, mask=both, other=0.0)
-    skip = tl.load(D_ptr + k * D + d, mask=channel, other=0.0) if SKIP else tl.zeros([BLOCK_D], tl.float32)
-    bias = tl.load(bias_ptr + k * D + d, mask=channel, other=0.0) if BIAS else tl.zeros([BLOCK_D], tl.float32)
-    h = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
-    if STATE:
-        h = tl.load(state_ptr + b * K * D * N + own, mask=both, other=0.0)
+    skip = _load_channels(D_ptr + k * D, d, D, SKIP)
+    bias = _load_channels(bias_ptr + k * D, d, D, BIAS)
+    h = _load_states(state_ptr + b * K * D * N + own, both, STATE)
+    order_ptr += k * P
     dy_ptr += b * dy_b + k * dy_k
     u_ptr += b * u_b + k * u_k
     delta_ptr += b * delta_b + k * delta_k
@@ -104,24 +144,12 @@ def scan_backward(
     for t in range(P):
         if t % SEGMENT == 0:
             tl.store(scratch_ptr + t // SEGMENT * BLOCK_D * BLOCK_N + tile, h)
-        token = tl.load(order_ptr + k * P + t)
-        valid = token >= 0
-        at = tl.maximum(token, 0).to(tl.int64)
-        row = at
-        if STEP_ORDER:
-            row = tl.where(valid, t, 0).to(tl.int64)
-        u = tl.load(u_ptr + at * u_l + d, mask=channel, other=0.0).to(tl.float32)
-        step = tl.load(delta_ptr + row * delta_l + d, mask=channel, other=0.0).to(tl.float32) + bias
-        if SOFTPLUS:
-            step = _softplus(step)
-        step = tl.where(d < tl.where(valid, D, 0), step, 0.0)
-        B = tl.load(B_ptr + row * B_l + n, mask=state, other=0.0).to(tl.float32)
-        h = tl.exp(step[:, None] * A) * h + (step * u)[:, None] * B[None, :]
+        h, _u, _at, _row, _valid = _walk_step(
+            h, A, bias, u_ptr, delta_ptr, B_ptr, order_ptr, t, u_l, delta_l, B_l, d, n, D, N, SOFTPLUS, STEP_ORDER
+        )
     tl.debug_barrier()
 
-    carried = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)  # a_{t+1} g_{t+1}
-    if LAST:
-        carried = tl.load(dlast_ptr + b * K * D * N + own, mask=both, other=0.0)
+    carried = _load_states(dlast_ptr + b * K * D * N + own, both, LAST)  # a_{t+1} g_{t+1}
     dA = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
     dD = tl.zeros([BLOCK_D], tl.float32)
     dbias = tl.zeros([BLOCK_D], tl.float32)
@@ -132,42 +160,21 @@ def scan_backward(
         for i in range(length):
             t = segment * SEGMENT + i
             tl.store(before_ptr + i * BLOCK_D * BLOCK_N + tile, h)
-            token = tl.load(order_ptr + k * P + t)
-            valid = token >= 0
-            at = tl.maximum(token, 0).to(tl.int64)
-            row = at
-            if STEP_ORDER:
-                row = tl.where(valid, t, 0).to(tl.int64)
-            u = tl.load(u_ptr + at * u_l + d, mask=channel, other=0.0).to(tl.float32)
-            step = tl.load(delta_ptr + row * delta_l + d, mask=channel, other=0.0).to(tl.float32) + bias
-            if SOFTPLUS:
-                step = _softplus(step)
-            step = tl.where(d < tl.where(valid, D, 0), step, 0.0)
-            B = tl.load(B_ptr + row * B_l + n, mask=state, other=0.0).to(tl.float32)
-            h = tl.exp(step[:, None] * A) * h + (step * u)[:, None] * B[None, :]
+            h, _u, _at, _row, _valid = _walk_step(
+                h, A, bias, u_ptr, delta_ptr, B_ptr, order_ptr, t, u_l, delta_l, B_l, d, n, D, N, SOFTPLUS, STEP_ORDER
+            )
         tl.debug_barrier()
         for i in range(length):
             j = length - 1 - i
             t = segment * SEGMENT + j
             before = tl.load(before_ptr + j * BLOCK_D * BLOCK_N + tile)
-            token = tl.load(order_ptr + k * P + t)
-            valid = token >= 0
-            at = tl.maximum(token, 0).to(tl.int64)
-            row = at
-            if STEP_ORDER:
-                row = tl.where(valid, t, 0).to(tl.int64)
-            u = tl.load(u_ptr + at * u_l + d, mask=channel, other=0.0).to(tl.float32)
+            at, row, valid = _visit(order_ptr, t, STEP_ORDER)
+            u = tl.load(u_ptr + at * u_l + d, mask=d < D, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + at * dy_l + d, mask=d < tl.where(valid, D, 0), other=0.0).to(tl.float32)
-            step = tl.load(delta_ptr + row * delta_l + d, mask=channel, other=0.0).to(tl.float32) + bias
-            slope = tl.full([BLOCK_D], 1.0, tl.float32)
-            if SOFTPLUS:
-                slope = tl.sigmoid(step)
-                step = _softplus(step)
-            step = tl.where(d < tl.where(valid, D, 0), step, 0.0)
+            step, slope = _load_step(delta_ptr + row * delta_l, bias, d, D, valid, SOFTPLUS)
             B = tl.load(B_ptr + row * B_l + n, mask=n < tl.where(valid, N, 0), other=0.0).to(tl.float32)
             C = tl.load(C_ptr + row * C_l + n, mask=n < tl.where(valid, N, 0), other=0.0).to(tl.float32)
-            a = tl.exp(step[:, None] * A)
-            h = a * before + (step * u)[:, None] * B[None, :]
+            h, a = _advance(before, A, step, u, B)
             g = dy[:, None] * C[None, :] + carried
             dB = tl.sum(g * (step * u)[:, None], axis=0)
             dC = tl.sum(h * dy[:, None], axis=0)
@@ -184,7 +191,7 @@ def scan_backward(
             tl.store(dC_ptr + row * K * N + n, dC, mask=n < tl.where(valid, N, 0))
         tl.debug_barrier()
     tl.store(dA_ptr + b * K * D * N + own, dA, mask=both)
-    tl.store(dD_ptr + (b * K + k) * D + d, dD, mask=channel)
-    tl.store(dbias_ptr + (b * K + k) * D + d, dbias, mask=channel)
+    tl.store(dD_ptr + (b * K + k) * D + d, dD, mask=d < D)
+    tl.store(dbias_ptr + (b * K + k) * D + d, dbias, mask=d < D)
     if STATE:
         tl.store(dstate_ptr + b * K * D * N + own, carried, mask=both)
