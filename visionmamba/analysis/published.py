@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from ..ops.selective_scan import flops
-from .flops import count_flops, count_operations, count_with, operations_table
+from .flops import count_flops, count_with, operations_table
 
 __all__ = ["PUBLISHED", "RULES", "Published", "agrees"]
 
@@ -80,18 +80,10 @@ def _one_step_size(model: nn.Module) -> int:
     return sum(number for name, number in counts.items() if not name.endswith("_norm"))
 
 
-def _visited_tokens(model: nn.Module) -> int:
-    """Count the projections to the scan's inputs for the tokens that a direction visits, a quarter of all."""
-    counts = count_operations(model)["upstream"]
-    projections = sum(ops.get("linear", 0) for module, ops in counts.items() if module.endswith(".ssm"))
-    return sum(counts[""].values()) - projections * 3 // 4
-
-
 RULES: dict[str, Callable[[nn.Module], int]] = {
     "upstream": count_flops,
     "one direction": _one_direction,
     "one step size": _one_step_size,
-    "visited tokens": _visited_tokens,
 }
 """How published figures were counted, by name; functions of the model."""
 
@@ -118,13 +110,7 @@ _plainmamba = partial(
     note="The published figure has no norms and expands once the step size that four directions share, which the fused "
     "scan expands for each; published parameters leave out the classifier.",
 )
-_efficient = partial(
-    Published,
-    rule="visited tokens",
-    source="README",
-    note="The authors project to B, C and the step size only the quarter of the tokens that a direction visits; here "
-    "one projection takes all tokens for all directions.",
-)
+_efficient = partial(Published, source="README")
 _mamba_nd = partial(Published, source="paper", note="The authors publish no operation count.")
 _ssd = Published(note="The authors' counter does not know Mamba-2's scan, so they publish no operation count; here it "
                  "is counted as the recurrence.")  # fmt: skip

@@ -22,7 +22,8 @@ from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 
-from ..layers import SS2D, ChannelAttention, ChannelsLastConv2d, DepthwiseConv2d
+from ..layers import SS2D, ChannelAttention, ChannelsLastConv2d, DepthwiseConv2d, SelectiveSSM
+from ..ops import selective_scan
 from ._builder import build_model
 from ._hierarchical import HierarchicalModel, Stage
 from ._layout import from_official
@@ -35,6 +36,29 @@ ATROUS_SCAN = "sub_200,subT_210,sub_201,subT_211"
 Tensors = dict[str, torch.Tensor]
 
 
+class AtrousSSM(SelectiveSSM):
+    """Four state space models, each over its own sub-grid of stride 2; arguments are SelectiveSSM's.
+
+    A token belongs to one direction, so only that one's step size, B and C are computed for it. The scan reads each
+    direction's at its own tokens alone: all directions are given the same tensor.
+    """
+
+    def project_own(self, x: torch.Tensor, weight: torch.Tensor, grid: list[int]) -> torch.Tensor:
+        """Map ``(B, L, D)`` to ``(B, L, C)`` by the weight, of ``(K, C, D)``, of each token's own direction."""
+        x = x.unflatten(1, [grid[0] // 2, 2, grid[1] // 2, 2])
+        weight = weight.unflatten(0, [2, 2])  # direction k starts at row k % 2 and column k // 2: see ATROUS_SCAN
+        return torch.einsum("bhiwjd,jicd->bhiwjc", x, weight).flatten(1, 4)
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
+        """Scan tokens ``(B, L, D)`` in raster order over an even ``grid``; ``z`` is a gate or None."""
+        dt, B, C = self.project_own(x, self.x_proj_weight, grid).split([self.dt_rank, self.d_state, self.d_state], -1)
+        delta = self.project_own(dt, self.dt_proj_weight, grid)
+        delta, B, C = (value.unsqueeze(2).expand(-1, -1, self.num_directions, -1) for value in (delta, B, C))
+        A = -torch.exp(self.A_log.float())
+        y, _ = selective_scan(x, delta, A, B, C, self.D, z, self.dt_proj_bias, path=self.path, grid=grid)
+        return y
+
+
 class AtrousSS2D(SS2D):
     """SS2D over the four sub-grids of stride 2, each scanned once; arguments are SS2D's.
 
@@ -44,6 +68,10 @@ class AtrousSS2D(SS2D):
 
     def __init__(self, dim: int, device=None, dtype=None, **kwargs: Any) -> None:
         super().__init__(dim, path=ATROUS_SCAN, device=device, dtype=dtype, **kwargs)
+
+    def create_ssm(self, ssm: str, d_inner: int, d_state: int, dt_rank: int, path: str, **dd) -> nn.Module:
+        """Return the state space models of the four sub-grids."""
+        return AtrousSSM(d_inner, d_state, dt_rank, path, **dd)
 
     def scan(self, x: torch.Tensor) -> torch.Tensor:
         """Scan ``(B, H, W, D)``."""
