@@ -120,6 +120,41 @@ def test_a_foreign_table_is_not_overwritten(run, tmp_path):
     assert (tmp_path / "infer.csv").read_text() == "my,own,table\n1,2,3\n"
 
 
+def test_steps_fit_into_the_time_but_five_are_timed():
+    timing = module.Timing(repeats=20, seconds=1.0)
+    assert [timing.steps(step) for step in (1e-9, 0.01, 0.06, 0.1, 0.2, 9.0)] == [20, 20, 17, 10, 5, 5]
+    assert module.Timing(repeats=3, seconds=0.0).steps(9.0) == 3
+
+
+class _Counter:
+    """A driver's counter of a device that takes 500 W, which moves on every 0.1 s of a clock of its own."""
+
+    NVMLError = RuntimeError
+
+    def __init__(self, moves=True):
+        self.now, self.moves = 0.03, moves
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        return 7_000 + (50_000 * int(self.now / 0.1) if self.moves else 0)
+
+
+@pytest.mark.parametrize("seconds_a_step", [0.004, 0.3])
+def test_energy_is_taken_between_moves_of_the_counter(monkeypatch, seconds_a_step):
+    counter = _Counter()
+    monkeypatch.setattr(module, "nvml_device", lambda device: (counter, None))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: counter.now)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def step():
+        counter.now += seconds_a_step
+
+    device = torch.device("cuda")
+    assert module._joules(step, device, 1.0) == pytest.approx(500 * seconds_a_step, rel=0.05)
+    assert module._joules(step, device, 0.0) is None
+    counter.moves = False
+    assert module._joules(step, device, 1.0) is None
+
+
 @pytest.mark.slow
 def test_the_script_is_the_command(tmp_path):
     script = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"

@@ -13,6 +13,8 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,23 @@ import torch
 import torch.nn as nn
 
 from .._files import replacing
+from .cost import ModelCost, model_cost
 from .environment import environment, nvml_device
-from .flops import count_operations, input_shape
+from .flops import input_shape
 from .memory import activation_memory, parameter_memory
 
-__all__ = ["MODES", "PEERS", "PRECISIONS", "RUNS", "Results", "Setting", "create_for_size", "measure"]
+__all__ = [
+    "MODES",
+    "PEERS",
+    "PRECISIONS",
+    "RUNS",
+    "Results",
+    "Setting",
+    "Timing",
+    "cost_at_size",
+    "create_for_size",
+    "measure",
+]
 
 MODES = ("infer", "train")
 RUNS = ("eager", "compile", "graph")
@@ -86,6 +100,28 @@ class Setting:
             "precision": self.precision,
             "channels_last": str(self.channels_last),
         }
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a setting is measured.
+
+    Args:
+        warmup: Steps before those that are timed.
+        repeats: Steps that are timed.
+        seconds: Time for these; where it does not suffice for all of them, fewer are timed, but no fewer than five.
+        energy_seconds: Time for measuring energy, where the driver tells it; none if 0.
+    """
+
+    warmup: int = 5
+    repeats: int = 20
+    seconds: float = float("inf")
+    energy_seconds: float = 1.0
+
+    def steps(self, seconds_a_step: float) -> int:
+        """Return how many steps are timed, if one takes so long."""
+        enough = max(5, ceil(min(self.seconds / max(seconds_a_step, 1e-6), self.repeats)))
+        return min(self.repeats, enough)
 
 
 def create_for_size(name: str, size: tuple[int, int], device: Any = None) -> nn.Module:
@@ -152,15 +188,22 @@ def _graphed(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     return graph.replay
 
 
-def _times(step: Callable[[], None], device: torch.device, warmup: int, repeats: int) -> list[float]:
+def _times(step: Callable[[], None], device: torch.device, timing: Timing) -> list[float]:
     """Return the milliseconds of each step."""
-    for _ in range(warmup):
+    last = 0.0
+    for _ in range(timing.warmup):
+        _synchronize(device)
+        start = time.perf_counter()
         step()
+        _synchronize(device)
+        last = time.perf_counter() - start
+    repeats = timing.steps(last)
     if device.type != "cuda":
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
             step()
+            _synchronize(device)
             times.append(1e3 * (time.perf_counter() - start))
         return times
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
@@ -172,48 +215,70 @@ def _times(step: Callable[[], None], device: torch.device, warmup: int, repeats:
     return [start.elapsed_time(end) for start, end in events]
 
 
-def _joules(step: Callable[[], None], device: torch.device, seconds: float = 1.0) -> float | None:
-    """Return the energy of a step by the driver's counter, over about a second; None if there is no counter."""
-    nvml = nvml_device(device)
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _joules(step: Callable[[], None], device: torch.device, seconds: float) -> float | None:
+    """Return the energy of a step by the driver's counter; None if there is no counter, or no time for it.
+
+    The counter moves on about ten times a second, so energy and steps are taken between two of its moves.
+    """
+    nvml = nvml_device(device) if seconds else None
     if nvml is None:
         return None
     library, handle = nvml
     try:
-        torch.cuda.synchronize(device)
-        before, start, steps = library.nvmlDeviceGetTotalEnergyConsumption(handle), time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
+        first = moved = None
+        before, steps, start = library.nvmlDeviceGetTotalEnergyConsumption(handle), 0, time.perf_counter()
+        while moved is first or time.perf_counter() - start < seconds:
             step()
             torch.cuda.synchronize(device)
             steps += 1
-        return (library.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3 / steps
+            energy = library.nvmlDeviceGetTotalEnergyConsumption(handle)
+            if energy != before:
+                before, moved = energy, (energy, steps)
+                first = first or moved
+            elif time.perf_counter() - start > seconds + 1:  # it stands still
+                return None
+        return (moved[0] - first[0]) / 1e3 / (moved[1] - first[1])
     except library.NVMLError:
         return None
 
 
-def _costs(setting: Setting) -> dict[str, str]:
-    model = create_for_size(setting.model, setting.size, "meta")
-    counts = count_operations(model, setting.size, ("upstream", "activations"))
+@cache
+def cost_at_size(name: str, size: tuple[int, int]) -> ModelCost:
+    """Return what a model costs for images of a size, but for its memory.
+
+    Args:
+        name: Name of a timm model.
+        size: (height, width).
+    """
+    return model_cost(create_for_size(name, size, "meta"), size, name=name, memory=False)
+
+
+def _costs(setting: Setting, model: nn.Module) -> dict[str, str]:
     params = sum(parameter.numel() for parameter in model.parameters())
     columns = {"param_count": f"{params / 1e6:.2f}"}
     if setting.mode == "infer":
-        columns["infer_gmacs"] = f"{sum(counts['upstream'][''].values()) / 1e9:.2f}"
-        columns["infer_macts"] = f"{sum(counts['activations'][''].values()) / 1e6:.2f}"
+        cost = cost_at_size(setting.model, setting.size)
+        columns |= {"infer_gmacs": f"{cost.flops / 1e9:.2f}", "infer_macts": f"{cost.activations / 1e6:.2f}"}
     return columns
 
 
-def measure(setting: Setting, device: torch.device, warmup: int = 5, repeats: int = 20) -> dict[str, str]:
+def measure(setting: Setting, device: torch.device, timing: Timing | None = None) -> dict[str, str]:
     """Measure a model in one setting.
 
     Args:
         setting: What to measure.
         device: Where.
-        warmup: Steps before those that are timed.
-        repeats: Steps that are timed.
+        timing: How long.
 
     Returns:
         A row of the table, text by column: throughput in images a second, times in milliseconds.
     """
-    training = setting.mode == "train"
+    training, timing = setting.mode == "train", timing or Timing()
     torch.manual_seed(0)
     model = create_for_size(setting.model, setting.size, device).train(training)
     shape = (setting.batch, *input_shape(model, setting.size)[1:])
@@ -226,8 +291,8 @@ def measure(setting: Setting, device: torch.device, warmup: int = 5, repeats: in
         step = _step(torch.compile(model) if setting.run == "compile" else model, x, setting)
         if setting.run == "graph":
             step = _graphed(step, device)
-        times = _times(step, device, warmup, repeats)
-        joules = _joules(step, device)
+        times = _times(step, device, timing)
+        joules = _joules(step, device, timing.energy_seconds)
     if device.type == "cuda":
         memory, source = torch.cuda.max_memory_allocated(device), "allocator"
     else:
@@ -237,14 +302,14 @@ def measure(setting: Setting, device: torch.device, warmup: int = 5, repeats: in
         **setting.identity(),
         f"{setting.mode}_samples_per_sec": f"{1e3 * setting.batch / p50:.2f}",
         f"{setting.mode}_step_time": f"{p50:.3f}",
-        **_costs(setting),
+        **_costs(setting, model),
         "latency_p50": f"{p50:.3f}",
         "latency_p90": f"{p90:.3f}",
         "latency_p99": f"{p99:.3f}",
         "peak_memory_mib": f"{memory / 2**20:.1f}",
         "memory_from": source,
         "joules_per_sample": "" if joules is None else f"{joules / setting.batch:.4f}",
-        "steps": str(repeats),
+        "steps": str(len(times)),
         "error": "",
     }
 
@@ -316,16 +381,18 @@ class Results:
         self._write(self.folder / f"{setting.mode}.csv", text.getvalue())
 
     def measure(
-        self, settings: Iterable[Setting], device: torch.device, warmup: int, repeats: int,
+        self,
+        settings: Iterable[Setting],
+        device: torch.device,
+        timing: Timing,
         notify: Callable[[Setting, dict[str, str]], None] = lambda setting, row: None,
-    ) -> list[dict[str, str]]:  # fmt: skip
+    ) -> list[dict[str, str]]:
         """Measure what has not been measured; an error becomes the row's, and the next setting's turn comes.
 
         Args:
             settings: What to measure.
             device: Where.
-            warmup: Steps before those that are timed.
-            repeats: Steps that are timed.
+            timing: How long each.
             notify: Called with each setting and its row.
 
         Returns:
@@ -336,7 +403,7 @@ class Results:
             row = self.find(setting)
             if row is None:
                 try:
-                    row = measure(setting, device, warmup, repeats)
+                    row = measure(setting, device, timing)
                 except Exception as error:  # whatever a model does, the rest go on
                     message = " ".join(str(error).split())[:300]
                     row = {**setting.identity(), "error": f"{type(error).__name__}: {message}"}

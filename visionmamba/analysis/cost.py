@@ -54,7 +54,7 @@ class ModelCost(ModuleCost):
     Args:
         input_size: Shape of the input, with the batch dimension.
         parameter_bytes: Memory of parameters and buffers.
-        inference_bytes: Largest memory of the tensors of a forward pass, beside the parameters.
+        inference_bytes: Largest memory of the tensors of a forward pass, beside the parameters; None if not asked for.
         training_bytes: The same of a forward and backward pass, with the parameters' gradients.
         by_operator: ``flops`` by operator.
         modules: Cost of every module that runs, parents before their children.
@@ -62,8 +62,8 @@ class ModelCost(ModuleCost):
 
     input_size: tuple[int, ...]
     parameter_bytes: int
-    inference_bytes: int
-    training_bytes: int
+    inference_bytes: int | None
+    training_bytes: int | None
     by_operator: dict[str, int]
     modules: list[ModuleCost]
 
@@ -72,13 +72,16 @@ class ModelCost(ModuleCost):
         return {**super().as_dict(), "modules": [module.as_dict() for module in self.modules]}
 
 
-def model_cost(model: nn.Module, input_size: tuple[int, ...] | None = None, name: str = "") -> ModelCost:
+def model_cost(
+    model: nn.Module, input_size: tuple[int, ...] | None = None, name: str = "", memory: bool = True
+) -> ModelCost:
     """Return what a model costs, without running it.
 
     Args:
         model: Any model, best created with ``device="meta"``.
         input_size: Size of its input, see :func:`visionmamba.analysis.flops.input_shape`.
         name: Name to give it.
+        memory: Whether the memory of a forward and a backward pass is counted too.
     """
     counts = count_operations(model, input_size, ("upstream", "recurrence", "activations"))
     params = {module: sum(map(_size, part.parameters())) for module, part in model.named_modules()}
@@ -101,8 +104,8 @@ def model_cost(model: nn.Module, input_size: tuple[int, ...] | None = None, name
         **whole,
         input_size=input_shape(model, input_size),
         parameter_bytes=parameter_memory(model),
-        inference_bytes=activation_memory(model, input_size),
-        training_bytes=activation_memory(model, input_size, training=True),
+        inference_bytes=activation_memory(model, input_size) if memory else None,
+        training_bytes=activation_memory(model, input_size, training=True) if memory else None,
         by_operator=counts["upstream"][""],
         modules=[ModuleCost(module, **figures) for module, figures in modules.items()],
     )

@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,8 @@ import timm
 from .._files import replacing
 from ..inference import input_size
 from ..zoo import model_names, published_top1
-from .bench import PEERS, Setting, create_for_size
-from .cost import ModelCost, model_cost
+from .bench import PEERS, Setting, cost_at_size
+from .cost import ModelCost
 from .published import PUBLISHED, agrees
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ PEERS_TOP1 = {"deit_small_patch16_224": 79.8, "swin_tiny_patch4_window7_224": 81
 
 _COLUMNS = (
     "Model", "Input", "Params (M)", "Params published", "GFLOPs", "GFLOPs published", "GFLOPs differ", "Scan's share",
-    "Images/s", "Training images/s", "Memory (MiB)", "Training memory (MiB)", "Top-1 published", "Top-1 ours",
-    "Top-1 differs",
+    "Images/s", "Training images/s", "Energy (mJ)", "Memory (MiB)", "Training memory (MiB)", "Top-1 published",
+    "Top-1 ours", "Top-1 differs",
 )  # fmt: skip
 
 
@@ -85,7 +84,7 @@ def _own_size(name: str) -> tuple[int, int]:
 
 
 def sweep_models(models: Sequence[str]) -> list[str]:
-    """Return what the plots over the resolution compare: the smallest model of each family, and DeiT-S.
+    """Return what the plots over the resolution compare: each family's smallest with a published accuracy, and DeiT-S.
 
     Args:
         models: The report's models.
@@ -94,18 +93,19 @@ def sweep_models(models: Sequence[str]) -> list[str]:
     for name in models:
         if name in model_names() and _takes_images(name):
             families.setdefault(timm.model_entrypoint(name.split(".")[0]).__module__, []).append(name)
-    smallest = [min(members, key=lambda name: _cost(name).params) for members in families.values()]
+    smallest = [
+        min(members, key=lambda name: (_top1(name) is None, _cost(name).params)) for members in families.values()
+    ]
     return [*smallest, PEERS[0]]
 
 
-@cache
 def _cost(name: str) -> ModelCost:
-    return model_cost(create_for_size(name, _own_size(name), "meta"), name=name)
+    return cost_at_size(name, _own_size(name))
 
 
 def plan(
     models: Sequence[str], sweep: Sequence[str], sizes: Sequence[tuple[int, int]], batch: int, training: bool,
-    precision: str, channels_last: bool = False,
+    precision: str, channels_last: bool = False, sweep_run: str = "eager",
 ) -> Plan:  # fmt: skip
     """Return what is to be measured.
 
@@ -117,12 +117,13 @@ def plan(
         training: Whether training steps are measured too.
         precision: One of :data:`visionmamba.analysis.bench.PRECISIONS`.
         channels_last: Layout of input and weights.
+        sweep_run: How the models of the plots run, one of :data:`visionmamba.analysis.bench.RUNS`.
     """
     modes = ("infer", "train") if training else ("infer",)
-    rest = ("eager", precision, channels_last)
+    rest = (precision, channels_last)
     return Plan(
-        [Setting(name, mode, _own_size(name), batch, *rest) for name in models for mode in modes],
-        [Setting(name, "infer", tuple(size), 1, *rest) for name in sweep for size in sizes],
+        [Setting(name, mode, _own_size(name), batch, "eager", *rest) for name in models for mode in modes],
+        [Setting(name, "infer", tuple(size), 1, sweep_run, *rest) for name in sweep for size in sizes],
     )
 
 
@@ -156,19 +157,38 @@ def _cells(name: str, measured: Measurement, settings: dict[str, Setting], ours:
     if gflops:
         flops = cost.flops / 1e9
         difference = "0" if agrees(flops, gflops) else f"{flops / float(gflops) - 1:+.1%}"
-    measures = []
-    for column in ("samples_per_sec", "memory"):
-        for mode in ("infer", "train"):
-            key = f"{mode}_{column}" if column != "memory" else "peak_memory_mib"
-            measures.append(measured.number(settings[mode], key) if mode in settings else None)
     top1, own = _top1(name), ours.get(name.split(".")[0])
     return [
         name, "x".join(map(str, cost.input_size[2:])), f"{cost.params / 1e6:.2f}",
         (published.params or "") if published else "", f"{cost.flops / 1e9:.2f}", gflops or "", difference,
-        f"{cost.scan / cost.flops:.0%}", _text(measures[0], 1), _text(measures[1], 1), _text(measures[2], 0),
-        _text(measures[3], 0), _text(top1, 1), _text(own, 2),
+        f"{cost.scan / cost.flops:.0%}", *_measured_cells(measured, settings), _text(top1, 1), _text(own, 2),
         "" if own is None or top1 is None else f"{own - top1:+.2f}",
     ]  # fmt: skip
+
+
+def _measured_cells(measured: Measurement, settings: dict[str, Setting]) -> list[str]:
+    """Return throughput of inference and training, energy of inference, and memory of both."""
+
+    def figure(mode: str, column: str) -> float | None:
+        return measured.number(settings[mode], column) if mode in settings else None
+
+    joules = figure("infer", "joules_per_sample")
+    return [
+        _text(figure("infer", "infer_samples_per_sec"), 1),
+        _text(figure("train", "train_samples_per_sec"), 1),
+        _text(joules and 1e3 * joules, 1),
+        _text(figure("infer", "peak_memory_mib"), 0),
+        _text(figure("train", "peak_memory_mib"), 0),
+    ]
+
+
+def _table(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -> dict[str, Any]:
+    """Return the table's columns and rows, without columns that are empty."""
+    rows = _rows(planned, measured, accuracy)
+    used = [index for index in range(len(_COLUMNS)) if any(row["cells"][index] for row in rows)]
+    for row in rows:
+        row["cells"] = [row["cells"][index] for index in used]
+    return {"columns": [_COLUMNS[index] for index in used], "rows": rows}
 
 
 def _rows(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -> list[dict[str, Any]]:
@@ -304,10 +324,9 @@ def _context(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -
         "summary": f"{len({s.model for s in planned.table})} models, {first.precision}, batch {first.batch}, "
         f"PyTorch {where.get('torch')}, commit {where.get('commit') or 'unknown'}.",
         "caption": "GFLOPs: 1 a multiply-accumulate, scans as 9BLDN + BLD; benchmarks/flops.md explains differences "
-        f"from published figures. Images a second from the median step; memory is {memory}. A training step is forward "
-        "and backward.",
-        "columns": _COLUMNS,
-        "rows": _rows(planned, measured, accuracy),
+        f"from published figures. Images a second from the median step; memory is {memory}; energy is the whole "
+        "device's, for an image at inference. A training step is forward and backward.",
+        **_table(planned, measured, accuracy),
         "failures": _failures(measured),
         "figures": _figures(planned, measured),
         "growth": _growth(planned, measured),

@@ -15,6 +15,12 @@ from ._common import CommandError, JsonOption, check_folder, console, one_line, 
 if TYPE_CHECKING:
     import torch
 
+WarmupOption = Annotated[int, typer.Option(min=0, help="Steps before those that are timed.")]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="Steps that are timed; the median counts.")]
+SecondsOption = Annotated[
+    float, typer.Option(min=0.0, help="Time for these; where they take longer, fewer do, but no fewer than five.")
+]
+
 
 def _choices(text: str, known: Sequence[str], option: str) -> list[str]:
     chosen = [word.strip() for word in text.split(",")]
@@ -79,13 +85,14 @@ def bench(
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16, fp16 (autocast); several: fp32,bf16.")] = "fp32",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels-last input and weights.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Also DeiT-S, Swin-T and ConvNeXt-T.")] = False,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps before those that are timed.")] = 5,
-    repeats: Annotated[int, typer.Option(min=1, help="Steps that are timed; the median counts.")] = 20,
+    warmup: WarmupOption = 5,
+    repeats: RepeatsOption = 20,
+    seconds: SecondsOption = 10.0,
     device: Annotated[str | None, typer.Option(help="Device; by default a GPU if there is one.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure throughput, latency, memory and energy, in timm's own columns; an interrupted run is resumed."""
-    from visionmamba.analysis.bench import MODES, PEERS, PRECISIONS, RUNS, Results, Setting
+    from visionmamba.analysis.bench import MODES, PEERS, PRECISIONS, RUNS, Results, Setting, Timing
 
     names = resolve_models([*models, *(PEERS if peers else ())])
     choices = (
@@ -106,7 +113,7 @@ def bench(
             if row["error"]:
                 typer.echo(f"error: {setting.model}: {row['error']}", err=True)
 
-        rows = results.measure(settings, where, warmup, repeats, notify)
+        rows = results.measure(settings, where, Timing(warmup, repeats, seconds), notify)
     if as_json:
         print_json({"environment": results.environment, "rows": rows})
     else:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ._arguments import parse_size, resolve_models
 from ._common import CommandError, check_folder, one_line, progress
-from .bench import pick_device
+from .bench import RepeatsOption, SecondsOption, WarmupOption, pick_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from visionmamba.analysis.bench import Timing
+    from visionmamba.analysis.report import Measurement, Plan
 
 _SIZES = "224,384,512,768,1024,1536,2048"
 
@@ -41,31 +49,50 @@ def report(
     accuracy: Annotated[
         Path | None, typer.Option(help="CSV table of our own top-1: timm's columns model and top1.")
     ] = None,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps before those that are timed.")] = 5,
-    repeats: Annotated[int, typer.Option(min=1, help="Steps that are timed; the median counts.")] = 20,
+    sweep_run: Annotated[str, typer.Option(help="How the plots' models run: eager, compile, graph.")] = "eager",
+    warmup: WarmupOption = 5,
+    repeats: RepeatsOption = 20,
+    seconds: SecondsOption = 2.0,
     device: Annotated[str | None, typer.Option(help="Device; by default a GPU if there is one.")] = None,
 ) -> None:
     """Measure the zoo and write a report: a page that opens offline, and Markdown; an interrupted run is resumed."""
-    from visionmamba.analysis.bench import PRECISIONS, Results, Setting
-    from visionmamba.analysis.report import Measurement, default_models, plan, sweep_models, write_report
+    from visionmamba.analysis.bench import PRECISIONS, RUNS, Timing
+    from visionmamba.analysis.report import default_models, plan, sweep_models, write_report
 
     names = resolve_models(models) if models else default_models()
     resolutions = [parse_size(word, "--sizes") for word in sizes.split(",")]
     where = pick_device(device)
     precision = precision or ("bf16" if where.type == "cuda" else "fp32")
-    if precision not in PRECISIONS:
-        raise CommandError(f"--precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    _check_choice(precision, PRECISIONS, "--precision")
+    _check_choice(sweep_run, RUNS, "--sweep-run")
     ours = _accuracy(accuracy)
     swept = resolve_models(sweep.split(",")) if sweep else sweep_models(names)
     batch = batch or (128 if where.type == "cuda" else 1)
-    planned = plan(names, swept, resolutions, batch, training, precision)
+    planned = plan(names, swept, resolutions, batch, training, precision, sweep_run=sweep_run)
+    measured = _measure(planned, out, where, Timing(warmup, repeats, seconds, energy_seconds=min(seconds, 1.0)))
+    for path in write_report(out, planned, measured, ours)[:2]:
+        typer.echo(f"report  {path}")
+    if all(row["error"] for row in measured.rows.values()):
+        raise typer.Exit(1)
+
+
+def _check_choice(word: str, known: Sequence[str], option: str) -> None:
+    if word not in known:
+        raise CommandError(f"{option}: expected one of {', '.join(known)}, got {word!r}")
+
+
+def _measure(planned: Plan, out: Path, device: torch.device, timing: Timing) -> Measurement:
+    """Measure what is planned; energy of the table's inference only."""
+    from visionmamba.analysis.bench import Results, Setting
+    from visionmamba.analysis.report import Measurement
+
     try:
-        results = Results(check_folder(out) / "measurements", where)
+        results = Results(check_folder(out) / "measurements", device)
     except ValueError as error:
         raise CommandError(f"--out: {one_line(error)}") from error
     measured = Measurement(environment=results.environment)
-    settings = list(dict.fromkeys(planned.table + planned.sweep))
     with progress(transient=True) as bar:
+        settings = list(dict.fromkeys(planned.table + planned.sweep))
         task = bar.add_task("measuring", total=len(settings))
 
         def notify(setting: Setting, row: dict[str, Any]) -> None:
@@ -74,8 +101,7 @@ def report(
             if row["error"]:
                 typer.echo(f"error: {setting.model} at {setting.img_size}: {row['error']}", err=True)
 
-        results.measure(settings, where, warmup, repeats, notify)
-    for path in write_report(out, planned, measured, ours)[:2]:
-        typer.echo(f"report  {path}")
-    if all(row["error"] for row in measured.rows.values()):
-        raise typer.Exit(1)
+        for setting in settings:
+            energy = setting in planned.table and setting.mode == "infer"
+            results.measure([setting], device, timing if energy else replace(timing, energy_seconds=0.0), notify)
+    return measured
