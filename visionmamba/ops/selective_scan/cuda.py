@@ -12,6 +12,7 @@ from ..backend import Implementation, register_implementation
 from ..cuda_runtime import Arguments, pointer
 from . import cuda_tile
 from .cuda_call import ACT, Call, rows, strides, visits
+from .dt_projection import expand_delta, expand_delta_backward
 
 __all__ = ["Tiling", "backward", "fit_vector", "forward", "macros", "tilings_for"]
 
@@ -135,13 +136,6 @@ def macros(
     }
 
 
-def _expanded_delta(delta: Tensor, dt_weight: Tensor | None) -> Tensor:
-    """Expand a low-rank delta, (B, L, K, R), to the channels in float32, (B, L, K, D)."""
-    if dt_weight is None:
-        return delta
-    return torch.einsum("blkr,kdr->blkd", delta.float(), dt_weight.float())
-
-
 class _Scan(Call):
     """A call of ``selective_scan.cu``: its tiles, chunks and argument struct."""
 
@@ -235,7 +229,7 @@ def forward(
     u, delta, A, B, C, D, z, delta_bias, dt_weight, initial_state, path, grid, delta_softplus, merge, in_step_order
 ):
     """Compute the op ``visionmamba::selective_scan``; see :func:`visionmamba.ops.selective_scan`."""
-    delta, z = _expanded_delta(delta, dt_weight), rows(z)
+    delta, z = expand_delta(delta, dt_weight), rows(z)
     initial = None if initial_state is None else initial_state.float().contiguous()
     scan = _Scan("forward", u, delta, A, B, C, D, delta_bias, path, grid, delta_softplus, in_step_order, others=[z])
     tile = _tile_plan("forward", scan, merge)
@@ -281,7 +275,7 @@ def backward(
     in_step_order,
 ):  # fmt: skip
     """Compute the gradients of :func:`forward`'s ten tensor arguments; None for absent ones."""
-    low_rank, delta, dy, z = delta, _expanded_delta(delta, dt_weight), rows(dy), rows(z)
+    low_rank, delta, dy, z = delta, expand_delta(delta, dt_weight), rows(dy), rows(z)
     initial, dlast = (None if x is None else x.float().contiguous() for x in (initial_state, dlast))
     arguments = (u, delta, A, B, C, D, delta_bias, path, grid, delta_softplus, in_step_order)
     scan = _Scan("backward", *arguments, others=[dy, z], gate=z is not None)
@@ -293,8 +287,7 @@ def backward(
         dz = None
     ddt_weight = None
     if dt_weight is not None:
-        ddt_weight = torch.einsum("blkd,blkr->kdr", ddelta, low_rank.float())
-        ddelta = torch.einsum("blkd,kdr->blkr", ddelta, dt_weight.float())
+        ddelta, ddt_weight = expand_delta_backward(ddelta, low_rank, dt_weight)
     dD, dbias = None if D is None else dD, None if delta_bias is None else dbias
     return du, ddelta, dA, dB, dC, dD, dz, dbias, ddt_weight, dstate
 
