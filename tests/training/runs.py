@@ -42,12 +42,12 @@ def finish(*processes) -> None:
         assert process.exitcode == 0
 
 
-def start_world(config: dict, size: int) -> list:
+def start_world(config: dict, size: int, environment: dict | None = None) -> list:
     """Start a run of several processes on this machine."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    common = {**(environment or {}), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     return [start(config, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
 
 

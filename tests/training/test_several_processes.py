@@ -13,30 +13,43 @@ TOLERANCE = 1e-5
 """Of weights of the order of 1 after a few steps of SGD: float32 sums in another order."""
 
 
-def _check(tmp_path, images=128, **changes):
+def _check(tmp_path, parallel, images=128, environment=None, **changes):
+    """Train in one process and in two, and return the largest difference of a weight."""
     config = dict(
         TINY, data=str(write_digits(tmp_path / "digits", images, 61)), opt="sgd", lr=0.05, drop_path=0.0,
-        ema_decay=0.8, clip_grad=1.0, warmup_epochs=0, **changes,
+        ema_decay=0.8, clip_grad=1.0, warmup_epochs=0, parallel=parallel, **changes,
     )  # fmt: skip
-    finish(start(dict(config, out=str(tmp_path / "one"))))
-    finish(*start_world(dict(config, out=str(tmp_path / "two")), 2))
+    finish(start(dict(config, out=str(tmp_path / "one")), environment))
+    finish(*start_world(dict(config, out=str(tmp_path / "two")), 2, environment))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=TOLERANCE, atol=TOLERANCE)
     logs = [(tmp_path / name / "log.csv").read_text().splitlines()[-1].split(",") for name in ("one", "two")]
     assert [float(x) for x in logs[0][:-1]] == pytest.approx([float(x) for x in logs[1][:-1]], rel=1e-4)
+    return max((two[key] - one[key]).abs().max().item() for key in one)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_equal_one(parallel, tmp_path):
-    _check(tmp_path, images=48, parallel=parallel, epochs=1)
+    _check(tmp_path, parallel, images=48, epochs=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_accumulation_in_two_processes(parallel, tmp_path):
-    _check(tmp_path, parallel=parallel, accumulate=2)
+    _check(tmp_path, parallel, accumulate=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("model", ["test_vmamba", "test_vim", "test_mamba2d"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_gpus_equal_one(parallel, model, tmp_path, capsys):
+    exact = {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # of convolutions, TF32 is the default
+    difference = _check(tmp_path, parallel, 64, exact, model=model, device="cuda", epochs=1)
+    with capsys.disabled():
+        print(f"\n{model} {parallel}: largest difference of a weight {difference:.1e}, tolerance {TOLERANCE:.0e}")
 
 
 @pytest.mark.slow
