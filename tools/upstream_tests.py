@@ -115,6 +115,11 @@ def _install_names() -> None:
             setattr(sys.modules[name], function.__name__, function)
 
 
+def pytest_configure() -> None:
+    """Point the names in every process of pytest-xdist: this file is a plugin of its own run."""
+    _install_names()
+
+
 def fetch(into: Path) -> None:
     """Download the source distributions and unpack their tests."""
     into.mkdir(parents=True, exist_ok=True)
@@ -132,13 +137,24 @@ def run(into: Path, arguments: list[str]) -> int:
     """Run the fetched tests; returns pytest's exit status."""
     import pytest
 
-    _install_names()
     folders = [str(folder) for folder in sorted(into.glob("*/tests"))]
     if not folders:
         raise SystemExit(f"{into}: no tests; run fetch first")
     # Not ours to pass: tests of mamba_ssm's private kernels, and one that asks for results that differ between runs
     private = ["-k", "not kernel and not default_mode_is_not_reproducible"]
-    return pytest.main(["-q", "-p", "no:cacheprovider", "--import-mode=importlib", *private, *arguments, *folders])
+    return pytest.main(
+        [
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            Path(__file__).stem,
+            "--import-mode=importlib",
+            *private,
+            *arguments,
+            *folders,
+        ]
+    )
 
 
 def main() -> None:

@@ -19,6 +19,11 @@ _ENOUGH_PROGRAMS = 256
 _SPLIT_PROGRAMS = 1024
 """Programs of the gradient kernel from which on one of them takes all heads of a group."""
 
+_STAGES = 2
+"""Iterations of the walk that are in flight."""
+_FLOAT32_PRODUCTS = "ieee"
+"""How float32 matrices are multiplied: to the full precision."""
+
 
 @dataclass(frozen=True)
 class _Sizes:
@@ -35,7 +40,9 @@ def _sizes(x: Tensor, B: Tensor, num_steps: int, chunk_size: int, backward: bool
     if not backward:  # channels are independent there
         block_p = min(block_p, 64 if block_n <= 128 else 32)
     chunk = min(64, max(16, power_of_two(min(chunk_size, num_steps))))
-    if x.dtype == torch.float32 or block_p * block_n > 64 * 128:
+    if x.dtype == torch.float32:  # products of float32 take more registers
+        return _Sizes(min(chunk, 32 if block_p * block_n <= 64 * 64 else 16), block_p, block_n, 8)
+    if block_p * block_n > 64 * 128:
         chunk = min(chunk, 32)
     return _Sizes(chunk, block_p, block_n, 8 if block_p * block_n >= 64 * 64 else 4)
 
@@ -91,11 +98,11 @@ class _Call:
         self.chunks = -(-self.num_steps // self.sizes.chunk)
         self.rows = self.batch * self.directions * self.heads
         self.limits = (float(dt_min), float(dt_max))
-        self.precision = "ieee" if self.x.dtype == torch.float32 else "tf32"
+        self.precision = _FLOAT32_PRODUCTS if self.x.dtype == torch.float32 else "tf32"
         self.options = {
             "Q": self.sizes.chunk, "BLOCK_P": self.sizes.block_p, "BLOCK_N": self.sizes.block_n,
             "BIAS": dt_bias is not None, "PACKED": seq_idx is not None, "SOFTPLUS": softplus,
-            "PRECISION": self.precision, "num_warps": self.sizes.warps, "num_stages": 2,
+            "PRECISION": self.precision, "num_warps": self.sizes.warps, "num_stages": _STAGES,
         }  # fmt: skip
 
     def _segments(self, seq_idx: Tensor) -> Tensor:
