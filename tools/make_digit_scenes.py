@@ -16,6 +16,8 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -110,29 +112,36 @@ def _annotation(label: int, mask: np.ndarray, image_id: int, identifier: int) ->
     }  # fmt: skip
 
 
-def write_split(digits: Digits, folder: Path, count: int, size: int, rng: np.random.Generator) -> None:
-    """Write the scenes, label maps and annotations of one split.
+def _write_scene(digits: Digits, folder: Path, size: int, seed: Sequence[int]) -> list[tuple[int, np.ndarray]]:
+    """Write one scene and its label map; return the visible digits and their masks. The last seed is its number."""
+    scene, objects = compose(digits, size, np.random.default_rng(seed))
+    labels = np.zeros((size, size), np.uint8)
+    for label, mask in objects:
+        labels[mask] = label + 1
+    for kind, image in (("images", scene), ("labels", labels)):
+        Image.fromarray(image).save(folder / kind / f"{seed[-1]:06d}.png", compress_level=1)
+    return objects
+
+
+def write_split(digits: Digits, folder: Path, count: int, size: int, seed: Sequence[int]) -> None:
+    """Write the scenes, label maps and annotations of one split, several scenes at a time.
 
     Args:
         digits: To choose from.
         folder: New folder.
         count: Number of scenes.
         size: Their side in pixels.
-        rng: Source of chance.
+        seed: Of the split; a scene's own is this and its number, so that the order of work does not matter.
     """
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
-    images, annotations = [], []
-    for image_id in range(count):
-        scene, objects = compose(digits, size, rng)
-        labels = np.zeros((size, size), np.uint8)
-        name = f"{image_id:06d}.png"
-        for label, mask in objects:
-            labels[mask] = label + 1
-            annotations.append(_annotation(label, mask, image_id, len(annotations) + 1))
-        Image.fromarray(scene).save(folder / "images" / name)
-        Image.fromarray(labels).save(folder / "labels" / name)
-        images.append({"id": image_id, "file_name": name, "height": size, "width": size})
+    annotations = []
+    with ThreadPoolExecutor() as pool:
+        scenes = pool.map(lambda image_id: _write_scene(digits, folder, size, [*seed, image_id]), range(count))
+        for image_id, objects in enumerate(scenes):
+            for label, mask in objects:
+                annotations.append(_annotation(label, mask, image_id, len(annotations) + 1))
+    images = [{"id": i, "file_name": f"{i:06d}.png", "height": size, "width": size} for i in range(count)]
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(DIGIT_NAMES)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "annotations.json").write_text(json.dumps(content))
@@ -160,7 +169,7 @@ def make_digit_scenes(out: Path, train: int = 2000, val: int = 300, size: int = 
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         for i, (name, digits, count) in enumerate(zip(("train", "val"), load_digits(seed), (train, val), strict=True)):
-            write_split(digits, partial / name, count, size, np.random.default_rng([seed, i]))
+            write_split(digits, partial / name, count, size, [seed, i])
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -3,8 +3,8 @@
 The source distributions of mmcv (2.1.0, 2.2.0) and onedl-mmcv (2.3.6) leave the operators' tests out, so they come from
 mmcv's repository: ``python tools/mmcv_tests.py fetch --into build/mmcv`` clones its ``tests`` folder at a tag, and
 ``python tools/mmcv_tests.py run --into build/mmcv [--on-cpu] [pytest's arguments]`` runs those of nms, roi_align,
-roi_pool, (modulated) deformable convolution, focal loss and multi-scale deformable attention. Most ask for a GPU and
-skip without one; with ``--on-cpu`` they run on the CPU: whatever asks for ``cuda`` gets ``cpu``.
+roi_pool, (modulated) deformable convolution, focal loss, multi-scale deformable attention and box overlaps. Most ask
+for a GPU and skip without one; with ``--on-cpu`` they run on the CPU: whatever asks for ``cuda`` gets ``cpu``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _REPOSITORY, _TAG = "https://github.com/open-mmlab/mmcv", "v2.1.0"
-_TESTS = ("nms", "roi_align", "roi_pool", "deform_conv", "modulated_deform_conv", "focal_loss", "ms_deformable_attn")
+_TESTS = (
+    "nms", "roi_align", "roi_pool", "deform_conv", "modulated_deform_conv", "focal_loss", "ms_deformable_attn", "bbox",
+)  # fmt: skip
 
 
 class OnCpu(TorchFunctionMode):
@@ -41,6 +43,8 @@ def pretend() -> None:
     """Let the tests believe in a GPU, and their tensors stay on the CPU."""
     torch.cuda.is_available = lambda: True
     torch.nn.Module.cuda = lambda module, *_: module
+    autocast = torch.amp.autocast
+    torch.amp.autocast = lambda _device, *args, **kwargs: autocast("cpu", *args, dtype=torch.float16, **kwargs)
     OnCpu().__enter__()
 
 

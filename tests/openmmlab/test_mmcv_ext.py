@@ -358,13 +358,15 @@ def loop_deform_conv(x, offset, weight, mask, bias, stride, padding, dilation, g
 
 
 def zero_padded_sample(image, y, x):
-    """Bilinear sample of an image that is zero outside, differentiable in the place too."""
+    """Bilinear sample of an image that is zero outside, differentiable in the place too: from the right at a pixel."""
     total = image.new_zeros(())
+    if not (-1 < y < image.shape[0] and -1 < x < image.shape[1]):
+        return total
     top, left = math.floor(float(y.detach())), math.floor(float(x.detach()))
-    for row in (top, top + 1):
-        for column in (left, left + 1):
+    for row, near_row in ((top, 1 - (y - top)), (top + 1, y - top)):
+        for column, near_column in ((left, 1 - (x - left)), (left + 1, x - left)):
             if 0 <= row < image.shape[0] and 0 <= column < image.shape[1]:
-                total = total + image[row, column] * (1 - abs(y - row)) * (1 - abs(x - column))
+                total = total + image[row, column] * near_row * near_column
     return total
 
 
@@ -373,6 +375,7 @@ GEOMETRIES = [(1, 1, 1, 1, 1), (2, 1, 1, 2, 1), (1, 2, 2, 1, 2), (2, 0, 1, 2, 2)
 
 
 def deformable_inputs(stride, padding, dilation, groups, deform_groups):
+    """Return input, offset, mask, weight and bias."""
     x, weight = random(2, 4, 3, 4), random(2, 4 // groups, 3, 2, seed=1)
     rows = (3 + 2 * padding - dilation * 2 - 1) // stride + 1
     columns = (4 + 2 * padding - dilation - 1) // stride + 1
@@ -392,9 +395,12 @@ def check_same_gradients(functions, inputs):
     assert all(tensor.abs().sum() > 0 for tensor in results[0])
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.0], ids=["moved", "at_pixels"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_deform_conv(geometry):
+def test_deform_conv(geometry, scale):
+    """Also where every sample lies on a pixel, as in a new layer: on the border -1, the derivative is zero."""
     x, offset, _, weight, _ = deformable_inputs(*geometry)
+    offset = offset * scale
     check_same_gradients(
         (
             lambda x, offset, weight: ops.deform_conv2d(x, offset, weight, *geometry),
@@ -404,10 +410,12 @@ def test_deform_conv(geometry):
     )
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.0], ids=["moved", "at_pixels"])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_modulated_deform_conv(geometry, with_bias):
+def test_modulated_deform_conv(geometry, with_bias, scale):
     x, offset, mask, weight, bias = deformable_inputs(*geometry)
+    offset = offset * scale
     check_same_gradients(
         (
             lambda x, o, m, w, b=None: ops.modulated_deform_conv2d(x, o, m, w, b, *geometry),

@@ -25,6 +25,24 @@ def _geometry(dH, dW, padH, padW, dilationH, dilationW):
     return {"stride": (dH, dW), "padding": (padH, padW), "dilation": (dilationH, dilationW)}
 
 
+def _inside(offset: torch.Tensor, input: torch.Tensor, kernel: tuple[int, int], geometry: dict) -> torch.Tensor:
+    """Whether each sampling position lies in the open range (-1, size) of both axes, in the shape of ``offset``.
+
+    The sample's derivative by its position is zero elsewhere. torchvision takes the one-sided derivative at exactly -1,
+    where a zero offset puts the samples of the first row and column of a padded input.
+    """
+    batch, _, height, width = offset.shape
+    pairs = offset.view(batch, -1, *kernel, 2, height, width)
+    inside = True
+    for axis, (taps, count) in enumerate(zip(kernel, (height, width), strict=True)):
+        stride, padding, dilation = (geometry[name][axis] for name in ("stride", "padding", "dilation"))
+        tap = torch.arange(taps, device=offset.device).view([taps if i == axis else 1 for i in range(4)])
+        place = torch.arange(count, device=offset.device).view([count if i == axis + 2 else 1 for i in range(4)])
+        position = pairs[:, :, :, :, axis] + (place * stride - padding + tap * dilation)
+        inside = inside & (position > -1) & (position < input.shape[2 + axis])
+    return inside.unsqueeze(4).expand_as(pairs).reshape(offset.shape)
+
+
 def deform_conv_forward(
     input, weight, offset, output, _columns, _ones, kW, kH, dW, dH, padW, padH, dilationW, dilationH, group,
     deformable_group, im2col_step,
@@ -41,7 +59,7 @@ def deform_conv_backward_input(
     geometry = _geometry(dH, dW, padH, padW, dilationH, dilationW)
     gradients = _gradients((input, offset), grad_output, lambda x, o: deform_conv2d(x, o, weight, **geometry))
     grad_input.copy_(gradients[0])
-    grad_offset.copy_(gradients[1])
+    grad_offset.copy_(gradients[1] * _inside(offset, input, (kH, kW), geometry))
 
 
 def deform_conv_backward_parameters(
@@ -78,5 +96,6 @@ def modulated_deform_conv_backward(
     )
     for target, gradient in zip((grad_input, grad_offset, grad_mask, grad_weight), gradients, strict=True):
         target.copy_(gradient)
+    grad_offset.mul_(_inside(offset, input, (kernel_h, kernel_w), geometry))
     if with_bias:
         grad_bias.copy_(grad_output.sum((0, 2, 3)))
