@@ -10,13 +10,26 @@ struct MergeArgs {
   int K, D, L, z_l;
 };
 
+// a / b and its remainder; 64-bit division, which is slow, only for large a.
+__device__ __forceinline__ int64 divide(int64 a, int b, int& remainder) {
+  if (a >> 32 == 0) {
+    const uint32 quotient = (uint32)a / (uint32)b;
+    remainder = (int)((uint32)a - quotient * (uint32)b);
+    return quotient;
+  }
+  const int64 quotient = a / b;
+  remainder = (int)(a - quotient * b);
+  return quotient;
+}
+
 // y = sum_k partial_k, times silu(z).
 template <int V> __device__ __forceinline__ void merge(const MergeArgs& p) {
   const int columns = p.D / V;
   const int64 index = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (index >= p.rows * columns) return;
-  const int64 row = index / columns;
-  const int d = (int)(index - row * columns) * V;
+  int column, l;
+  const int64 row = divide(index, columns, column);
+  const int d = column * V;
   const float* from = p.partial + row * p.K * p.D + d;
   float y[V], f[V];
   load_floats<V>(from, y);
@@ -26,7 +39,8 @@ template <int V> __device__ __forceinline__ void merge(const MergeArgs& p) {
     for (int v = 0; v < V; v++) y[v] += f[v];
   }
   if (p.z != nullptr) {
-    const act_t* z = p.z + (row / p.L) * p.z_b + (row % p.L) * p.z_l + d;
+    const int64 b = divide(row, p.L, l);
+    const act_t* z = p.z + b * p.z_b + (int64)l * p.z_l + d;
 #pragma unroll
     for (int v = 0; v < V; v++) y[v] *= silu(to_float(z[v]));
   }
@@ -94,31 +108,31 @@ struct GateArgs {
   int z_l, z_k, dout_l, dout_k, D, L, G, parts;
 };
 
-// dz = silu'(z) sum over a gate's parts (the directions that it gates) of dout y; a block a row.
+// dz = silu'(z) sum over a gate's parts (the directions that it gates) of dout y.
 template <int V> __device__ __forceinline__ void gate_gradient(const GateArgs& p) {
-  const int64 row = blockIdx.x;
-  const int g = (int)(row % p.G), l = (int)(row / p.G % p.L);
-  const int64 b = row / p.G / p.L;
-  const act_t* dout = p.dout + b * p.dout_b + (int64)l * p.dout_l + (int64)g * p.dout_k;
-  const act_t* z = p.z + b * p.z_b + (int64)l * p.z_l + (int64)g * p.z_k;
-  const float* y = p.y + row * p.parts * p.D;
-  for (int d = threadIdx.x * V; d < p.D; d += 128 * V) {
-    float sum[V], gate[V];
+  const int columns = p.D / V;
+  const int64 index = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (index >= p.rows * columns) return;
+  int column, g, l;
+  const int64 row = divide(index, columns, column), b = divide(divide(row, p.G, g), p.L, l);
+  const int d = column * V;
+  const act_t* dout = p.dout + b * p.dout_b + (int64)l * p.dout_l + (int64)g * p.dout_k + d;
+  const float* y = p.y + row * p.parts * p.D + d;
+  float sum[V], f[V], part[V];
 #pragma unroll
-    for (int v = 0; v < V; v++) sum[v] = 0.f;
-    for (int i = 0; i < p.parts; i++) {
-      float f[V], part[V];
-      unpack(load_raw<V>(dout + (int64)i * p.dout_k + d), f);
-      load_floats<V>(y + (int64)i * p.D + d, part);
+  for (int v = 0; v < V; v++) sum[v] = 0.f;
+  for (int i = 0; i < p.parts; i++) {
+    unpack(load_raw<V>(dout + (int64)i * p.dout_k), f);
+    load_floats<V>(y + (int64)i * p.D, part);
 #pragma unroll
-      for (int v = 0; v < V; v++) sum[v] += f[v] * part[v];
-    }
-    unpack(load_raw<V>(z + d), gate);
-#pragma unroll
-    for (int v = 0; v < V; v++) sum[v] *= silu_slope(gate[v]);
-    store_act<V>(p.dz + row * p.D + d, sum);
+    for (int v = 0; v < V; v++) sum[v] += f[v] * part[v];
   }
+  unpack(load_raw<V>(p.z + b * p.z_b + (int64)l * p.z_l + (int64)g * p.z_k + d), f);
+#pragma unroll
+  for (int v = 0; v < V; v++) sum[v] *= silu_slope(f[v]);
+  store_act<V>(p.dz + row * p.D + d, sum);
 }
 
-extern "C" __global__ void __launch_bounds__(128) gate_gradient_1(const __grid_constant__ GateArgs p) { gate_gradient<1>(p); }
-extern "C" __global__ void __launch_bounds__(128) gate_gradient_2(const __grid_constant__ GateArgs p) { gate_gradient<2>(p); }
+extern "C" __global__ void __launch_bounds__(256) gate_gradient_1(const __grid_constant__ GateArgs p) { gate_gradient<1>(p); }
+extern "C" __global__ void __launch_bounds__(256) gate_gradient_2(const __grid_constant__ GateArgs p) { gate_gradient<2>(p); }
+extern "C" __global__ void __launch_bounds__(256) gate_gradient_4(const __grid_constant__ GateArgs p) { gate_gradient<4>(p); }

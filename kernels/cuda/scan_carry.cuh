@@ -1,4 +1,4 @@
-// What the chunks of a path pass on. See selective_scan.cu.
+// What the chunks of a path pass on. See scan_shared.cuh.
 #pragma once
 
 // First pass of a chunk-parallel scan: the state that a chunk reaches from zero, and the sum of its Delta, which gives
@@ -113,9 +113,6 @@ template <bool ADJOINT> __device__ __forceinline__ void carry(const ScanArgs& p)
     if (at.q == 0 && at.channel(i) < p.D_) p.carry_delta[at.bkc * p.D_ + at.channel(i)] = total[i];
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) scan_carry(const __grid_constant__ ScanArgs p) { carry<false>(p); }
-extern "C" __global__ void __launch_bounds__(WARPS * 32) scan_carry_adjoint(const __grid_constant__ ScanArgs p) { carry<true>(p); }
-
 // Second pass: walk the chunks of a row. Turns each chunk's own contribution into the state that enters it, in place;
 // likewise, from the last chunk to the first, the adjoint.
 struct CombineArgs {
@@ -134,19 +131,37 @@ extern "C" __global__ void __launch_bounds__(128) combine_carries(const __grid_c
   const int64 dn = index % (D * D_STATE), row = index / (D * D_STATE), d = dn / D_STATE;
   const int64 stride = D * D_STATE, base = row * chunks * stride + dn, delta_base = row * chunks * D + d;
   const float a2 = p.A[(row % p.K) * stride + dn] * DECAY_SCALE;
+  // Several chunks' values are read before the first is replaced: else each would wait for the memory anew.
+  constexpr int AT_ONCE = 16;
+  const int batches = (chunks + AT_ONCE - 1) / AT_ONCE;
+  float own[AT_ONCE], decay[AT_ONCE];
+  auto load = [&](const float* from, int first) {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int c = min(first + i, chunks - 1);
+      own[i] = from[base + c * stride];
+      decay[i] = decay_of(p.delta[delta_base + c * D], a2);
+    }
+  };
   float h = p.initial != nullptr ? p.initial[index] : 0.f;
-#pragma unroll 8
-  for (int c = 0; c < chunks; c++) {
-    const float own = state[base + c * stride], decay = decay_of(p.delta[delta_base + c * D], a2);
-    state[base + c * stride] = h;
-    h = decay * h + own;
+  for (int batch = 0; batch < batches; batch++) {
+    load(state, batch * AT_ONCE);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++)
+      if (const int c = batch * AT_ONCE + i; c < chunks) {
+        state[base + c * stride] = h;
+        h = decay[i] * h + own[i];
+      }
   }
   if (adjoint == nullptr) return;
   float g = p.dlast != nullptr ? p.dlast[index] : 0.f;
-#pragma unroll 8
-  for (int c = chunks - 1; c >= 0; c--) {
-    const float own = adjoint[base + c * stride], decay = decay_of(p.delta[delta_base + c * D], a2);
-    adjoint[base + c * stride] = g;
-    g = decay * g + own;
+  for (int batch = batches - 1; batch >= 0; batch--) {
+    load(adjoint, batch * AT_ONCE);
+#pragma unroll
+    for (int i = AT_ONCE - 1; i >= 0; i--)
+      if (const int c = batch * AT_ONCE + i; c < chunks) {
+        adjoint[base + c * stride] = g;
+        g = decay[i] * g + own[i];
+      }
   }
 }

@@ -1,4 +1,15 @@
-// What the scan's kernels share: their arguments, where a warp works, and what it loads and stores. See selective_scan.cu.
+// Selective scan along a path, any number of states: what the forward and the backward share. See kernels/README.md.
+//
+// A warp owns CHANNELS neighbouring channels of one image (row of the batch) and one direction, and walks a chunk of the
+// path. Memory is channels-last, so the lanes' accesses are coalesced whatever the order of the tokens. It works on
+// groups of TILE_STEPS steps, in two layouts that meet in shared memory:
+//   staging: a lane holds VEC neighbouring channels of several steps: loads, softplus, epilogue, once an element;
+//   compute: a lane holds CPT channels x SPT states and walks the steps: the recurrence, once a (channel, state).
+// The next group's loads are in flight while a group is computed. Warps share nothing but the sums of dB and dC.
+//
+// Macros: ACT, D_STATE, SPT, CPT, STEPS (register window of the backward), WINDOWS (windows a group), WARPS, VEC,
+// MIN_BLOCKS, DELTA_FLOAT (delta and its gradient in float32), SOFTPLUS, STEP_ORDER (step t reads row t of delta, B and
+// C), GATE (multiply by silu(z)), PARTIAL (write float32 partial results that a second kernel merges).
 #pragma once
 
 __device__ constexpr int next_power_of_two(int n) { int p = 1; while (p < n) p *= 2; return p; }

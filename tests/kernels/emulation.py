@@ -61,6 +61,9 @@ class EmulatedLauncher:
     def __init__(self, multiprocessors: int = 1, shared_bytes: int = 232448):
         self.multiprocessors, self.shared_bytes = multiprocessors, shared_bytes
 
+    def resident_blocks(self, file, name, macros, threads):
+        return 4
+
     def run(self, file, name, macros, blocks, threads, arguments, shared_bytes=0):
         library = _build(file, tuple(sorted(macros.items())))
         packed = ctypes.create_string_buffer(arguments.pack())

@@ -67,7 +67,7 @@ def source(name: str) -> str:
     """Return the text of ``kernels/cuda/<name>`` with its includes inlined.
 
     Args:
-        name: File name, e.g. ``"selective_scan.cu"``.
+        name: File name, e.g. ``"scan_forward.cu"``.
     """
     folder = resources.files("visionmamba.kernels.cuda")
 

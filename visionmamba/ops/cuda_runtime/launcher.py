@@ -73,6 +73,14 @@ class Kernel:
             error = KernelError if int(status) in _REFUSED else RuntimeError
             raise error(f"kernel launch failed: {status!s} (blocks {blocks}, threads {threads})")
 
+    def resident_blocks(self, threads: int) -> int:
+        """Return how many blocks of that many threads a multiprocessor runs at a time."""
+        from cuda.bindings import driver
+
+        status, blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._handle, threads, 0)
+        _check(status, "asking for a kernel's occupancy")
+        return max(1, blocks)
+
 
 class Launcher:
     """Kernels of one device.
@@ -126,6 +134,12 @@ class Launcher:
         status, function = driver.cuKernelGetFunction(kernel)
         _check(status, f"binding {name} to the device's context")
         return Kernel(function, library)
+
+    def resident_blocks(self, file: str, name: str, macros: Mapping[str, int], threads: int) -> int:
+        """Return how many blocks of a kernel (without dynamic shared memory) a multiprocessor runs at a time."""
+        with torch.cuda.device(self.device):
+            self._enter()
+            return self.kernel(file, name, macros).resident_blocks(threads)
 
     def _enter(self) -> None:
         """Make the device's context current: a thread of autograd's may not have entered it yet."""

@@ -1,8 +1,9 @@
-"""The selective scan on NVIDIA GPUs: ``kernels/cuda/selective_scan.cu``, specialised and launched."""
+"""The selective scan on NVIDIA GPUs: ``kernels/cuda/scan_*.cu``, specialised and launched."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,14 +17,13 @@ from .dt_projection import expand_delta, expand_delta_backward
 
 __all__ = ["Tiling", "backward", "fit_vector", "forward", "macros", "tilings_for"]
 
-_FILE = "selective_scan.cu"
 _MAX_STATES = 64
 _INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel is cut: see the head of ``selective_scan.cu``.
+    """How a kernel is cut: see the head of ``scan_shared.cuh``.
 
     Args:
         spt: States a thread.
@@ -119,7 +119,7 @@ def macros(
     gate: bool = False,
     partial: bool = False,
 ) -> dict[str, int]:
-    """Return the macros of a specialisation of the kernel file."""
+    """Return the macros of a specialisation of a kernel file."""
     return {
         "ACT": ACT[dtype],
         "D_STATE": states,
@@ -137,17 +137,29 @@ def macros(
 
 
 class _Scan(Call):
-    """A call of ``selective_scan.cu``: its tiles, chunks and argument struct."""
+    """A call of ``scan_forward.cu`` or ``scan_backward.cu``: its tiles, chunks and argument struct.
 
-    def __init__(self, kind: str, *arguments, others=(), gate=False):
-        super().__init__(*arguments, others=others)
+    Args:
+        kind: ``"forward"`` or ``"backward"``.
+        arguments: Those of :class:`Call`.
+        gate: Activations that gate the output, or None.
+        merge: Whether the directions share the result that the kernel writes (``y``, or ``du``).
+        others: More activations that the kernel will read.
+    """
+
+    def __init__(self, kind: str, *arguments, gate: Tensor | None, merge: bool, others=()):
+        super().__init__(*arguments, others=[gate, *others])
         processors = self.launcher.multiprocessors
-        tilings = [self._fit(x) for x in tilings_for(kind, self.states, self.launcher.architecture, gate)]
+        self.partial = self.needs_merge(merge)
+        self.gate = None if kind == "forward" and self.partial else gate  # else the merge applies it
+        tilings = tilings_for(kind, self.states, self.launcher.architecture, self.gate is not None)
+        tilings = [self._fit(x) for x in tilings]
         self.tiling = next((x for x in tilings if self._warps(x) >= x.warps_wanted * processors), tilings[0])
         self.tiles = self._tiles(self.tiling)
-        self.chunks, self.chunk_steps = self._chunk(_WARPS_WANTED * processors)
-        self.blocks = self.batch * self.chunks * self.directions * self.tiles
         self.threads = 32 * self.tiling.warps
+        flags = dict(gate=self.gate is not None, partial=self.partial)
+        self.macros = macros(self.u.dtype, self.states, self.tiling, self.vec, self.flags, **flags)
+        self.kernel = f"scan_{kind}"
 
     def _tiles(self, tiling: Tiling) -> int:
         return -(-self.channels // (tiling.warps * tiling.channels(self.states)))
@@ -162,19 +174,33 @@ class _Scan(Call):
         needed = -(-self.channels // tiling.channels(self.states))
         return replace(tiling, warps=min(range(tiling.warps, 0, -1), key=lambda warps: -(-needed // warps) * warps))
 
-    def _chunk(self, warps_wanted: int) -> tuple[int, int]:
-        """Choose the number of chunks and their steps: one chunk wherever the rows fill the device."""
+    @cached_property
+    def chunking(self) -> tuple[int, int]:
+        """Choose the number of chunks and their steps: one chunk wherever the rows keep the device busy.
+
+        Elsewhere as many as the device runs at a time: blocks that wait for a place would take as long again.
+        """
         group = self.tiling.tile_steps
         whole = max(group, -(-self.num_steps // group) * group)
-        wanted = -(-2 * warps_wanted // max(1, self._warps(self.tiling)))
-        if self._warps(self.tiling) >= warps_wanted:
+        rows, processors = self.batch * self.directions * self.tiles, self.launcher.multiprocessors
+        if rows * self.tiling.warps >= _WARPS_WANTED * processors or not rows:
             return 1, whole
-        steps = max(_MIN_CHUNK, -(-self.num_steps // wanted))
+        places = processors * self.launcher.resident_blocks(f"{self.kernel}.cu", self.kernel, self.macros, self.threads)
+        steps = max(_MIN_CHUNK, -(-self.num_steps // max(1, places // rows)))
         steps = min(whole, -(-steps // group) * group)
         return max(1, -(-self.num_steps // steps)), steps
 
-    def arguments(self, *, z=None, dy=None, y=None, du=None, **others: Tensor | None) -> Arguments:
+    @property
+    def chunks(self) -> int:
+        return self.chunking[0]
+
+    @property
+    def blocks(self) -> int:
+        return self.batch * self.chunks * self.directions * self.tiles
+
+    def arguments(self, *, dy=None, y=None, du=None, **others: Tensor | None) -> Arguments:
         """Lay out ``ScanArgs``."""
+        z = self.gate
         all_strides = [strides(x) for x in (self.u, self.delta, self.B, self.C, z, dy, y, du)]
         names = (
             "state_in", "adjoint_in", "y", "last_state", "carry_state", "carry_adjoint", "carry_delta", "du", "ddelta",
@@ -186,18 +212,13 @@ class _Scan(Call):
         )]  # fmt: skip
         wide = (*pointers, *(stride[0] for stride in all_strides))
         narrow = [value for stride in all_strides for value in stride[1:]]
-        narrow += [self.num_tokens, self.num_steps, self.channels, self.directions, self.chunks, self.chunk_steps]
+        narrow += [self.num_tokens, self.num_steps, self.channels, self.directions, *self.chunking]
         return Arguments(wide, (*narrow, self.tiles, 0))
 
-    def run(self, name: str, arguments: Arguments, gate: bool = False, partial: bool = False) -> None:
-        specialisation = macros(
-            self.u.dtype, self.states, self.tiling, self.vec, self.flags, gate=gate, partial=partial
-        )
-        self.launcher.run(_FILE, name, specialisation, self.blocks, self.threads, arguments)
+    def run(self, name: str, arguments: Arguments) -> None:
+        self.launcher.run(f"{self.kernel}.cu", name, self.macros, self.blocks, self.threads, arguments)
 
-    def carries(
-        self, initial: Tensor | None, dy: Tensor | None = None, dlast: Tensor | None = None, z: Tensor | None = None
-    ):
+    def carries(self, initial: Tensor | None, dy: Tensor | None = None, dlast: Tensor | None = None):
         """Return the states that enter each chunk and, given ``dy``, the adjoints that enter each chunk's end."""
         if self.chunks == 1:
             return initial, dlast
@@ -205,16 +226,14 @@ class _Scan(Call):
         state, total = self.empty(*shape, self.states), self.empty(*shape)
         adjoint = None if dy is None else self.empty(*shape, self.states)
         name = "scan_carry" if dy is None else "scan_carry_adjoint"
-        arguments = self.arguments(dy=dy, z=z, carry_state=state, carry_adjoint=adjoint, carry_delta=total)
-        self.run(name, arguments, gate=z is not None)
+        self.run(name, self.arguments(dy=dy, carry_state=state, carry_adjoint=adjoint, carry_delta=total))
         rows = self.batch * self.directions
         arguments = Arguments(
             (*map(pointer, (state, adjoint, total, self.A, initial, dlast)), rows),
             (self.directions, self.channels, self.chunks, 0),
         )
-        specialisation = macros(self.u.dtype, self.states, self.tiling, self.vec, self.flags)
         blocks = -(-rows * self.channels * self.states // 128)
-        self.launcher.run(_FILE, "combine_carries", specialisation, blocks, 128, arguments)
+        self.launcher.run(f"{self.kernel}.cu", "combine_carries", self.macros, blocks, 128, arguments)
         return state, adjoint
 
 
@@ -231,42 +250,41 @@ def forward(
     """Compute the op ``visionmamba::selective_scan``; see :func:`visionmamba.ops.selective_scan`."""
     delta, z = expand_delta(delta, dt_weight), rows(z)
     initial = None if initial_state is None else initial_state.float().contiguous()
-    scan = _Scan("forward", u, delta, A, B, C, D, delta_bias, path, grid, delta_softplus, in_step_order, others=[z])
+    arguments = (u, delta, A, B, C, D, delta_bias, path, grid, delta_softplus, in_step_order)
+    scan = _Scan("forward", *arguments, gate=z, merge=merge)
     tile = _tile_plan("forward", scan, merge)
     if tile is not None:
         return cuda_tile.forward(scan, tile, z, initial, merge)
-    y, is_partial = scan.output(merge)
+    y = scan.output(merge)
     last = scan.empty(scan.batch, scan.directions, scan.channels, scan.states)
     state, _ = scan.carries(initial)
-    gate = None if is_partial else z
-    arguments = scan.arguments(z=gate, y=y, state_in=state, last_state=last)
-    scan.run("scan_forward", arguments, gate=gate is not None, partial=is_partial)
-    return scan.merged(y, z) if is_partial else y, last
+    scan.run(scan.kernel, scan.arguments(y=y, state_in=state, last_state=last))
+    return scan.merged(y, z) if scan.partial else y, last
 
 
-def _backward(scan: _Scan, dy: Tensor, dlast: Tensor | None, initial: Tensor | None, z: Tensor | None):
-    """Return du, ddelta, dB, dC, dA, dD, dbias and the gradients of the initial state and of z."""
-    state, adjoint = scan.carries(initial, dy, dlast, z)
-    du, is_partial = scan.output(merge=scan.u.dim() == 3)
+def _backward(scan: _Scan, dy: Tensor, dlast: Tensor | None, initial: Tensor | None):
+    """Return du, ddelta, dB, dC, dA, dD, dbias and the gradients of the initial state and of the gate."""
+    state, adjoint = scan.carries(initial, dy, dlast)
+    du = scan.output(merge=scan.u.dim() == 3)
     zero = not scan.rows_read
     ddelta = scan.empty(*scan.delta.shape, dtype=scan.delta.dtype, zero=zero)
     dBC = scan.empty(scan.batch, scan.directions, scan.tiles, scan.num_tokens, 2 * scan.states, zero=zero)
     dparams = scan.empty(scan.batch * scan.chunks, scan.directions * scan.channels * (scan.states + 2))
     dstate = None if initial is None else torch.empty_like(initial)
-    groups = scan.chunk_steps // scan.tiling.tile_steps
+    groups = scan.chunking[1] // scan.tiling.tile_steps
     checkpoints = scan.empty(scan.blocks * scan.threads * groups * scan.tiling.cpt * scan.tiling.spt)
     y = None
-    if z is not None:  # the gate's gradient needs the ungated output, which this walk computes on the way
+    if scan.gate is not None:  # its gradient needs the ungated output, which this walk computes on the way
         shape = (scan.batch, scan.num_tokens, scan.directions, scan.channels)
         y = scan.empty(*shape, zero=not scan.visits.complete)
     arguments = scan.arguments(
-        dy=dy, z=z, y=y, du=du, state_in=state, adjoint_in=adjoint, ddelta=ddelta, dBC=dBC, dparams=dparams,
+        dy=dy, y=y, du=du, state_in=state, adjoint_in=adjoint, ddelta=ddelta, dBC=dBC, dparams=dparams,
         dstate=dstate, checkpoints=checkpoints,
     )  # fmt: skip
-    scan.run("scan_backward", arguments, gate=z is not None, partial=is_partial)
-    if is_partial:
+    scan.run(scan.kernel, arguments)
+    if scan.partial:
         du = scan.merged(du)
-    dz = None if z is None else scan.gate_gradient(dy, y, z)
+    dz = None if scan.gate is None else scan.gate_gradient(dy, y, scan.gate)
     return du, ddelta, *scan.projections(dBC, scan.tiles), *scan.parameters(dparams), dstate, dz
 
 
@@ -278,10 +296,10 @@ def backward(
     low_rank, delta, dy, z = delta, expand_delta(delta, dt_weight), rows(dy), rows(z)
     initial, dlast = (None if x is None else x.float().contiguous() for x in (initial_state, dlast))
     arguments = (u, delta, A, B, C, D, delta_bias, path, grid, delta_softplus, in_step_order)
-    scan = _Scan("backward", *arguments, others=[dy, z], gate=z is not None)
+    scan = _Scan("backward", *arguments, gate=z, merge=u.dim() == 3, others=[dy])
     tile = _tile_plan("backward", scan, u.dim() == 3) if z is None else None
     if tile is None:
-        du, ddelta, dB, dC, dA, dD, dbias, dstate, dz = _backward(scan, dy, dlast, initial, z)
+        du, ddelta, dB, dC, dA, dD, dbias, dstate, dz = _backward(scan, dy, dlast, initial)
     else:
         du, ddelta, dB, dC, dA, dD, dbias, dstate = cuda_tile.backward(scan, tile, dy, dlast, initial)
         dz = None

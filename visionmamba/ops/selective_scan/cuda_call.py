@@ -165,14 +165,17 @@ class Call:
         allocate = torch.zeros if zero else torch.empty
         return allocate(shape, dtype=dtype, device=self.u.device)
 
-    def output(self, merge: bool) -> tuple[Tensor, bool]:
-        """Allocate a (B, L, D) or (B, L, K, D) result; True if it holds partial sums that are still to be merged."""
+    def needs_merge(self, merge: bool) -> bool:
+        """Whether a result that the directions share is the sum of several parts."""
+        return merge and self.directions > 1 and not self.visits.disjoint
+
+    def output(self, merge: bool) -> Tensor:
+        """Allocate a (B, L, D) or (B, L, K, D) result, or the float32 parts (B, L, K, D) of one to be merged."""
         tokens = (self.batch, self.num_tokens)
-        if merge and (self.directions == 1 or self.visits.disjoint):
-            return self.empty(*tokens, self.channels, dtype=self.u.dtype, zero=not self.visits.covers), False
+        if merge and not self.needs_merge(merge):
+            return self.empty(*tokens, self.channels, dtype=self.u.dtype, zero=not self.visits.covers)
         dtype = torch.float32 if merge else self.u.dtype
-        shape = (*tokens, self.directions, self.channels)
-        return self.empty(*shape, dtype=dtype, zero=not self.visits.complete), merge
+        return self.empty(*tokens, self.directions, self.channels, dtype=dtype, zero=not self.visits.complete)
 
     def merged(self, partial: Tensor, z: Tensor | None = None) -> Tensor:
         """Sum (B, L, K, D) over the directions, and multiply by silu(z)."""
@@ -187,7 +190,8 @@ class Call:
         rows = self.batch * self.num_tokens * gates
         wide = (*map(pointer, (y, z, dout, dz)), rows, z_b, dout_b)
         narrow = (z_l, z_k, dout_l, dout_k, self.channels, self.num_tokens, gates, y.shape[2] // gates)
-        self._merge_kernel(f"gate_gradient_{self.vec}", rows, Arguments(wide, narrow), threads=128)
+        blocks = -(-rows * (self.channels // self.widest) // 256)
+        self._merge_kernel(f"gate_gradient_{self.widest}", blocks, Arguments(wide, narrow))
         return dz
 
     def projections(self, partial: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
@@ -207,5 +211,5 @@ class Call:
         dA, dD, dbias = sum_rows(self.launcher, partial, self.u.dtype, (split * self.states, split, split))
         return dA.view(*shape, self.states), dD.view(shape), dbias.view(shape)
 
-    def _merge_kernel(self, name: str, blocks: int, arguments: Arguments, threads: int = 256) -> None:
-        self.launcher.run("merge.cu", name, {"ACT": ACT[self.u.dtype]}, blocks, threads, arguments)
+    def _merge_kernel(self, name: str, blocks: int, arguments: Arguments) -> None:
+        self.launcher.run("merge.cu", name, {"ACT": ACT[self.u.dtype]}, blocks, 256, arguments)

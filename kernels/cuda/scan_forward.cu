@@ -1,5 +1,9 @@
-// The forward. See selective_scan.cu.
-#pragma once
+// The scan's forward. See scan_shared.cuh.
+#include "common.cuh"
+#include "scan_shared.cuh"
+#include "scan_carry.cuh"
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32) scan_carry(const __grid_constant__ ScanArgs p) { carry<false>(p); }
 
 struct __align__(16) ForwardShared { float x[TILE_STEPS * CHANNELS], u[TILE_STEPS * CHANNELS], y[TILE_STEPS * CHANNELS], B[TILE_STEPS * N], C[TILE_STEPS * N]; };
 

@@ -1,5 +1,9 @@
-// The backward. See selective_scan.cu.
-#pragma once
+// The scan's backward. See scan_shared.cuh.
+#include "common.cuh"
+#include "scan_shared.cuh"
+#include "scan_carry.cuh"
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32) scan_carry_adjoint(const __grid_constant__ ScanArgs p) { carry<true>(p); }
 
 // Steps that are reduced over the channel lanes together, so that no lane idles in the exchange.
 constexpr int BATCH_WANTED = CHANNEL_LANES / (2 * SPT) > 0 ? CHANNEL_LANES / (2 * SPT) : 1;
