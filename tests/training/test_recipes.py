@@ -54,6 +54,17 @@ def test_layer_decay_slows_the_early_layers():
     assert min(scales) <= 0.25
 
 
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_the_classifier_learns_faster_than_the_backbone(layer_decay):
+    config = TrainConfig(model="test_vim", backbone_lr=0.1, layer_decay=layer_decay)
+    model = create_model(config)
+    scale = {
+        id(p): group["lr_scale"] for group in create_optimizer(config, model).param_groups for p in group["params"]
+    }
+    assert {scale[id(parameter)] for parameter in model.get_classifier().parameters()} == {1.0}
+    assert max(scale[id(parameter)] for name, parameter in model.named_parameters() if "head" not in name) <= 0.1
+
+
 def test_overrides_come_last_and_keep_their_types(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("lr: 1e-3\nscale: [0.5, 1]\nepochs: 3\n")

@@ -13,6 +13,7 @@ from PIL import Image
 from runs import TINY
 
 from visionmamba.training import ConfigError, DataError, TrainConfig, Trainer
+from visionmamba.training.clips import clip_positions
 from visionmamba.training.data import open_source
 from visionmamba.training.distributed import World
 from visionmamba.training.engine import create_model, data_settings
@@ -113,6 +114,64 @@ def test_clips_are_made_of_animated_images(tmp_path):
     ((clip, _),) = _source(config, training=False, batch_size=1).loader()
     assert clip.shape == (1, 3, 8, 32, 32)
     assert clip[0, 0, :, 16, 16].unique().numel() == 3
+
+
+def _write_video(path, shades):
+    """Write a video whose frames are of one shade each."""
+    av = pytest.importorskip("av")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 40
+        for shade in shades:
+            frame = av.VideoFrame.from_ndarray(np.full((40, 40, 3), shade, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _shades(clip):
+    """Return the shade of each frame of a clip (3, T, H, W), normalised by ImageNet's figures."""
+    return (255 * (clip[0, :, 16, 16] * 0.229 + 0.485)).tolist()
+
+
+def test_clips_of_videos(tmp_path):
+    _write_video(tmp_path / "val" / "a" / "x.avi", range(0, 240, 6))
+    _write_video(tmp_path / "val" / "b" / "short.avi", (0, 60, 120))
+    config = TrainConfig(model="test_mamba3d", data=str(tmp_path), workers=0, frame_stride=2)
+    ((clips, labels),) = _source(config, training=False, batch_size=2).loader()
+    assert labels.tolist() == [0, 1]
+    assert clips.shape == (2, 3, 8, 32, 32)
+    middle = [6.0 * frame for frame in range(13, 29, 2)]  # of 40 frames, a clip of 15
+    assert _shades(clips[0]) == pytest.approx(middle, abs=6)  # the codec's loss; a frame is 6 from its neighbours
+    assert _shades(clips[1]) == pytest.approx([0, 120] + [120] * 6, abs=6)
+
+
+def test_clips_begin_anywhere_in_training_but_alike_for_a_place(tmp_path):
+    for name in "abcd":
+        _write_video(tmp_path / "train" / name / "x.avi", range(0, 240, 6))
+    config = TrainConfig(model="test_mamba3d", data=str(tmp_path), workers=0, frame_stride=2, scale=(1, 1))
+    (first, _), (again, _) = (next(iter(_source(config, batch_size=4).loader(epoch=1))) for _ in range(2))
+    assert torch.equal(first, again)
+    starts = [_shades(clip)[0] for clip in first]
+    assert len({round(start / 6) for start in starts}) > 1
+    steps = [np.diff(_shades(clip)) for clip in first]
+    np.testing.assert_allclose(steps, 12, atol=7)
+
+
+def test_a_broken_video_is_named(tmp_path):
+    _write_video(tmp_path / "val" / "a" / "x.avi", range(4))
+    (tmp_path / "val" / "a" / "broken.mp4").write_bytes(b"no video")
+    config = TrainConfig(model="test_mamba3d", data=str(tmp_path), workers=0)
+    with pytest.raises(DataError, match=r"broken.mp4 cannot be read as an image \(not a readable video"):
+        list(_source(config, training=False, batch_size=2).loader())
+
+
+@pytest.mark.parametrize(
+    ("length", "stride", "expected"),
+    [(9, None, [0, 3, 5, 8]), (1, None, [0] * 4), (10, 2, [2, 4, 6, 8]), (7, 2, [0, 2, 4, 6]), (3, 2, [0, 2, 2, 2])],
+)
+def test_positions_of_a_clip(length, stride, expected):
+    assert clip_positions(length, 4, stride, training=False) == expected
 
 
 def test_webdataset(tmp_path, digits):

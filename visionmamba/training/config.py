@@ -37,6 +37,7 @@ class TrainConfig:
         linear_probe: Train the classifier only.
         img_size: Height and width; by default the model's.
         in_chans: Channels of the images; by default the model's.
+        frame_stride: Distance of the frames of a clip, for models of videos; by default they are spread over the video.
         drop_path: Rate of stochastic depth; by default the model's.
         grad_checkpointing: Recompute blocks in backward.
         compile: Compile the model.
@@ -52,6 +53,7 @@ class TrainConfig:
         weight_decay: Weight decay.
         no_weight_decay: Shell patterns of parameters without weight decay, beside biases and 1-D ones; by default those
             that the model names.
+        backbone_lr: Factor of the learning rate of all but the classifier.
         layer_decay: Factor of the learning rate from each layer to the one before it.
         sched: timm's name of the schedule.
         warmup_epochs: Epochs of linear warm-up, inside ``epochs``.
@@ -110,6 +112,7 @@ class TrainConfig:
     linear_probe: bool = False
     img_size: int | None = None
     in_chans: int | None = None
+    frame_stride: int | None = None
     drop_path: float | None = None
     grad_checkpointing: bool = False
     compile: bool = False
@@ -124,6 +127,7 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 0.05
     no_weight_decay: tuple[str, ...] | None = None
+    backbone_lr: float = 1.0
     layer_decay: float | None = None
     sched: str = "cosine"
     warmup_epochs: float = 20
@@ -173,6 +177,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "repeats", "keep", "eval_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.frame_stride is not None and self.frame_stride < 1:
+            raise ConfigError(f"frame_stride: expected at least 1, got {self.frame_stride}")
         if self.pretrained and self.checkpoint:
             raise ConfigError("pretrained and checkpoint exclude each other: both say which weights to start from")
         if (self.mixup or self.cutmix) and self.batch_size // self.accumulate % 2:

@@ -1,4 +1,4 @@
-"""Images for training and evaluation: timm's datasets and transforms, in an order that any step can begin from.
+"""Images and clips for training and evaluation: timm's datasets and transforms, in an order any step can begin from.
 
 An image's augmentation is drawn from (seed, epoch, place in the epoch), so it is the same whichever process or worker
 reads it, and whether or not the run was interrupted before.
@@ -6,19 +6,21 @@ reads it, and whether or not the run was interrupted before.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .clips import VIDEO_EXTENSIONS, clip_positions, read_animation, read_video, videos_count_as_images
 from .config import TrainConfig
 from .distributed import World
 
@@ -43,28 +45,49 @@ def seed_everything(*place: int) -> None:
 
 
 class _Reader:
-    """Turns an image, or an animated one, into a model's input.
+    """Turns an image, a video or an animated image into a model's input.
 
     Args:
         transform: PIL image to tensor.
         mode: Pillow's mode for the model's channels.
-        frames: Frames of a clip, sampled evenly from an animated image; None for a picture.
+        frames: Frames of a clip; None for a picture.
+        stride: Distance of a clip's frames, see :func:`.clips.clip_positions`.
+        training: Whether a clip begins anywhere.
     """
 
-    def __init__(self, transform: Callable[[Image.Image], torch.Tensor], mode: str, frames: int | None) -> None:
-        self.transform, self.mode, self.frames = transform, mode, frames
+    def __init__(
+        self,
+        transform: Callable[[Image.Image], torch.Tensor],
+        mode: str,
+        frames: int | None,
+        stride: int | None,
+        training: bool,
+    ) -> None:
+        self.transform, self.mode = transform, mode
+        self.frames, self.stride, self.training = frames, stride, training
 
-    def decode(self, image: Image.Image) -> list[Image.Image]:
-        """Return the decoded picture, or all pictures of an animated image."""
-        shots = [image] if self.frames is None else ImageSequence.Iterator(image)
-        return [shot.convert(self.mode) for shot in shots]
+    def open(self, file: BinaryIO, name: str, place: tuple[int, ...]) -> list[Image.Image]:
+        """Return the pictures of a file at a place in the run."""
+        if self.frames is not None and name.lower().endswith(VIDEO_EXTENSIONS):
+            seed_everything(*place)
+            return read_video(file, self.mode, self.frames, self.stride, self.training)
+        with Image.open(file) as image:
+            return self.decode(image, place)
+
+    def decode(self, image: Image.Image, place: tuple[int, ...]) -> list[Image.Image]:
+        """Return a picture, or those of an animated image's clip."""
+        if self.frames is None:
+            return [image.convert(self.mode)]
+        seed_everything(*place)
+        shots = read_animation(image, self.mode)
+        return [shots[i] for i in clip_positions(len(shots), self.frames, self.stride, self.training)]
 
     def __call__(self, shots: list[Image.Image], place: tuple[int, ...]) -> torch.Tensor:
         """Return ``(C, H, W)`` or ``(C, T, H, W)``, augmented as the place in the run says; all frames alike."""
         clip = []
-        for position in torch.linspace(0, len(shots) - 1, self.frames or 1).round().long().tolist():
+        for shot in shots:
             seed_everything(*place)
-            clip.append(self.transform(shots[position]))
+            clip.append(self.transform(shot))
         return clip[0] if self.frames is None else torch.stack(clip, dim=1)
 
 
@@ -75,20 +98,20 @@ class _MapSource(Dataset):
         self.dataset, self.read = dataset, read
         self.seed, self.epoch, self.unreadable = seed, epoch, unreadable
 
-    def _open(self, index: int) -> tuple[list[Image.Image], int]:
+    def _open(self, index: int, place: tuple[int, ...]) -> tuple[list[Image.Image], int]:
         reader = getattr(self.dataset, "reader", None)
         if reader is None:  # torchvision's
             image, target = self.dataset[index]
-            return self.read.decode(image), target
+            return self.read.decode(image, place), target
         file, target, *_ = reader[index]
-        with file, Image.open(file) as image:
-            return self.read.decode(image), target
+        with file:
+            return self.read.open(file, _filename(self.dataset, index), place), target
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int]:
         place, index = item
         for _ in range(_MAX_UNREADABLE):
             try:
-                shots, target = self._open(index)
+                shots, target = self._open(index, (self.seed, self.epoch, place))
                 tensor = self.read(shots, (self.seed, self.epoch, place))
                 return tensor, _PADDING if place == _FILLING else int(target)
             except _UNREADABLE as error:
@@ -118,8 +141,9 @@ class _StreamSource(IterableDataset):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
         worker = torch.utils.data.get_worker_info()
         number = 0 if worker is None else worker.id
-        for place, (image, target) in enumerate(self.dataset):
-            yield self.read(self.read.decode(image), (self.seed, self.epoch, number, place)), int(target)
+        for count, (image, target) in enumerate(self.dataset):
+            place = (self.seed, self.epoch, number, count)
+            yield self.read(self.read.decode(image, place), place), int(target)
 
 
 @dataclass(frozen=True)
@@ -257,24 +281,26 @@ def open_source(
 
     def make(epoch: int) -> Any:
         kwargs = {} if config.dataset.startswith("torch/") else {"input_img_mode": mode}
+        extensions = contextlib.nullcontext() if frames is None else videos_count_as_images()
         try:
-            return create_dataset(
-                config.dataset,
-                root=config.data or None,
-                split=split,
-                is_training=training,
-                batch_size=batch_size // world.size,
-                seed=config.seed + epoch,
-                num_samples=samples,
-                **kwargs,
-            )
+            with extensions:
+                return create_dataset(
+                    config.dataset,
+                    root=config.data or None,
+                    split=split,
+                    is_training=training,
+                    batch_size=batch_size // world.size,
+                    seed=config.seed + epoch,
+                    num_samples=samples,
+                    **kwargs,
+                )
         except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
             reason = " ".join(str(error).split()) or "no such folder"
             raise DataError(f"data: no images of the split {split!r} in {config.data!r} ({reason})") from error
 
     dataset = make(0)
     reader = getattr(dataset, "reader", None)
-    read = _Reader(_transform(config, data_config, training), mode, frames)
+    read = _Reader(_transform(config, data_config, training), mode, frames, config.frame_stride, training)
     classes = dict(getattr(reader, "class_to_idx", None) or {})
     streamed = isinstance(dataset, IterableDataset)
     source = Source(config, world, split, training, batch_size, make, read, len(dataset), classes, streamed)

@@ -92,11 +92,26 @@ def create_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optim
         groups = param_groups_layer_decay(
             model, config.weight_decay, no_weight_decay_list=patterns, layer_decay=config.layer_decay
         )
+    groups = _slower_backbone(groups, model, config.backbone_lr)
     kwargs = {"betas": config.betas, "eps": config.opt_eps}
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     return create_optimizer_v2(
         groups, config.opt, lr=config.lr * _lr_scale(config), weight_decay=0.0, momentum=config.momentum, **kwargs
     )
+
+
+def _slower_backbone(groups: list[dict[str, Any]], model: nn.Module, factor: float) -> list[dict[str, Any]]:
+    """Part each group into the classifier's parameters and the others, whose learning rate is scaled."""
+    if factor == 1:
+        return groups
+    classifier = {id(parameter) for parameter in model.get_classifier().parameters()}
+    parted = []
+    for group in groups:
+        for scale, is_classifier in ((1.0, True), (factor, False)):
+            members = [parameter for parameter in group["params"] if (id(parameter) in classifier) == is_classifier]
+            if members:
+                parted.append({**group, "params": members, "lr_scale": scale * group.get("lr_scale", 1.0)})
+    return parted
 
 
 def _lr_scale(config: TrainConfig) -> float:
