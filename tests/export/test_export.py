@@ -47,7 +47,11 @@ def _check(name, format, sizes, folder, batches=(1, 3)):
     for shape in _sizes(model)[:sizes]:
         model.set_input_size(img_size=shape[-2:])
         export_model(model, path, format, shape)
-        assert compare_with_eager(model, path, format, shape, batches) <= 1e-4
+        difference = compare_with_eager(model, path, format, shape, batches)
+        print(
+            f"| {format} | {name} | {'x'.join(map(str, shape))} | {difference:.1e} | {path.stat().st_size / 2**20:.2f} |"
+        )
+        assert difference <= 1e-4
     return path
 
 
