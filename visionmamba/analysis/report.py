@@ -79,6 +79,14 @@ def _takes_images(name: str) -> bool:
     return len(size) == size[0] == 3  # colours, height, width
 
 
+_PEERS_FAMILY = "timm"
+
+
+def _family(name: str) -> str:
+    base = name.split(".")[0]
+    return timm.model_entrypoint(base).__module__.rpartition(".")[2] if base in model_names() else _PEERS_FAMILY
+
+
 def _own_size(name: str) -> tuple[int, int]:
     return tuple(timm.get_pretrained_cfg(name).input_size[-2:])
 
@@ -92,7 +100,7 @@ def sweep_models(models: Sequence[str]) -> list[str]:
     families: dict[str, list[str]] = {}
     for name in models:
         if name in model_names() and _takes_images(name):
-            families.setdefault(timm.model_entrypoint(name.split(".")[0]).__module__, []).append(name)
+            families.setdefault(_family(name), []).append(name)
     smallest = [
         min(members, key=lambda name: (_top1(name) is None, _cost(name).params)) for members in families.values()
     ]
@@ -222,7 +230,7 @@ def _failures(measured: Measurement) -> list[dict[str, str]]:
 def _new_figure() -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -238,15 +246,34 @@ def _accuracy_figure(planned: Plan, measured: Measurement) -> Figure | None:
     if not points:
         return None
     figure, axes = _new_figure()
-    for ours, marker, label in ((True, "o", "this zoo"), (False, "s", "timm")):
-        group = [point for point in points if (point[0].split(".")[0] in model_names()) == ours]
-        if group:
-            axes.scatter([p[1] for p in group], [p[2] for p in group], marker=marker, label=label, s=28)
-    for name, speed, top1 in points:
-        axes.annotate(name, (speed, top1), xytext=(4, 3), textcoords="offset points", fontsize=6)
+    for family in dict.fromkeys(_family(name) for name, _, _ in points):
+        group = [point for point in points if _family(point[0]) == family]
+        style = dict(marker="s", color="0.4") if family == _PEERS_FAMILY else {}
+        axes.scatter([point[1] for point in group], [point[2] for point in group], label=family, s=28, **style)
     axes.set(xscale="log", xlabel="images a second", ylabel="published top-1 (%)")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8)
+    _name_points(figure, axes, points)
     return figure
+
+
+def _name_points(figure: Figure, axes: Any, points: list[tuple[str, float, float]]) -> None:
+    """Name points, each where its name hides no point and no other name; far from it with a line to it."""
+    figure.draw_without_rendering()  # settles where the data are
+    to_points = 72 / figure.dpi
+    places = [axes.transData.transform(point[1:]) * to_points for point in points]
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places]
+    shifts = sorted(((dx, 7 * row - 2) for row in range(-9, 10) for dx in (5, -5)), key=lambda shift: abs(shift[1]))
+    for (name, *where), (x, y) in zip(points, places, strict=True):
+        width = 3.4 * len(name)
+        for dx, dy in shifts:
+            left = x + dx - (width if dx < 0 else 0)
+            box = (left, y + dy, left + width, y + dy + 6)
+            if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+                break
+        taken.append(box)
+        line = dict(arrowstyle="-", linewidth=0.3, color="0.6", shrinkA=0, shrinkB=2) if abs(dy) > 7 else None
+        options = dict(fontsize=6, ha="right" if dx < 0 else "left", arrowprops=line)
+        axes.annotate(name, where, xytext=(dx, dy), textcoords="offset points", **options)
 
 
 def _sweep_figure(planned: Plan, measured: Measurement, column: str, label: str) -> Figure | None:
