@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -83,6 +83,14 @@ def plot(out: Annotated[Path, typer.Option(help="Folder with the logs.")] = Path
     typer.echo(f"wrote {out / 'synthetic.png'}")
 
 
+def _settings(task: str, layer: str, paper: bool, d_state: int | None, given: dict[str, Any]) -> TrainingRun:
+    """A run from the tables and what the command line says."""
+    settings = (_PAPER if paper else _SMALL)[task] | {name: value for name, value in given.items() if value is not None}
+    ssm_cfg = _SIZES[layer] | ({} if d_state is None else {"d_state": d_state})
+    every = max(50, settings["steps"] // 200)
+    return TrainingRun(layer=layer, task=task, ssm_cfg=ssm_cfg, **({"eval_every": every} | settings))
+
+
 def _command(task: str) -> None:
     """Add the command that trains on a task."""
 
@@ -98,26 +106,28 @@ def _command(task: str) -> None:
         seed: int = 0,
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
         dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "float32",
+        graph: Annotated[bool, typer.Option(help="Replay steps as CUDA graphs.")] = torch.cuda.is_available(),
+        seconds: Annotated[float, typer.Option(help="Stop after this long, to be resumed.")] = float("inf"),
+        resume: Annotated[bool, typer.Option("--resume", help="Keep a checkpoint, and go on from it.")] = False,
         out: Annotated[Path, typer.Option(help="Folder for the log.")] = Path("results/synthetic"),
     ) -> None:
-        settings = dict((_PAPER if paper else _SMALL)[task])
         given = {"steps": steps, "lr": lr, "batch": batch, "d_model": d_model}
-        settings |= {name: value for name, value in given.items() if value is not None}
-        ssm_cfg = _SIZES[layer] | ({} if d_state is None else {"d_state": d_state})
-        run = TrainingRun(
-            layer=layer, task=task, ssm_cfg=ssm_cfg, seed=seed, stop_at=stop_at, dtype=dtype,
-            eval_every=max(50, settings["steps"] // 200), **settings,
-        )  # fmt: skip
-        name = f"{task}_{layer}" + ("" if d_state is None else f"_N{d_state}")
-        log = out / f"{name}.jsonl"
-        model, _ = train(run, device, log, lambda entry: typer.echo(json.dumps(entry)))
-        final = _final(model, run) | {"parameters": sum(p.numel() for p in model.parameters())}
+        run = _settings(task, layer, paper, d_state, given | {"seed": seed, "stop_at": stop_at, "dtype": dtype})
+        name = f"{task}_{layer}" + ("" if d_state is None else f"_N{d_state}") + (f"_seed{seed}" if seed else "")
+        log, checkpoint = out / f"{name}.jsonl", out / f"{name}.pt" if resume else None
+        model, _ = train(run, device, log, lambda entry: typer.echo(json.dumps(entry)), graph, seconds, checkpoint)
+        final = _final(model, run) | {"parameters": sum(p.numel() for p in model.parameters())} | _environment(device)
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(final) + "\n")
         typer.echo(json.dumps(final))
 
     command.__doc__ = f"Train on {task.replace('_', ' ')}."
     app.command(name=task)(command)
+
+
+def _environment(device: str) -> dict[str, str]:
+    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
+    return {"device": name, "torch": torch.__version__}
 
 
 for _task in TASKS:

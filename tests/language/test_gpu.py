@@ -4,6 +4,8 @@ import pytest
 import torch
 from _lm_goldens import NAMES, language_golden, small_model
 
+from visionmamba.language.training import Trainer, TrainingRun
+
 pytestmark = pytest.mark.gpu
 
 
@@ -44,3 +46,18 @@ def test_state_memory_is_constant_in_length(kind):
         for length in (64, 65536)
     ]
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2", "S4D"])
+def test_captured_steps_train_as_plain_ones(layer):
+    """Two lengths: the second is captured with the optimizer's state of the first."""
+    run = TrainingRun(
+        layer=layer, options={"length": 24, "num_tokens": 4}, curriculum=(8,), advance_at=0.0, d_model=32, batch=8,
+        steps=12, eval_every=6, ssm_cfg={"headdim": 16, "d_state": 16} if layer == "Mamba2" else {},
+    )  # fmt: skip
+    plain, captured = Trainer(run, "cuda"), Trainer(run, "cuda", graph=True)
+    for _ in range(2):
+        expected, entry = plain.advance(), captured.advance()
+        assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    for result, weight in zip(captured.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(result, weight, rtol=1e-3, atol=1e-4)

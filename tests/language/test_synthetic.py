@@ -1,12 +1,13 @@
 """The synthetic tasks: what the generators promise, and short versions of the papers' experiments."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from visionmamba.language.synthetic import IGNORE, TASKS, accuracy, task
-from visionmamba.language.training import TrainingRun, create_model, evaluate, parameter_groups, train
+from visionmamba.language.training import Trainer, TrainingRun, create_model, evaluate, parameter_groups, train
 
 
 def _make(name, batch=16, seed=0, **options):
@@ -87,6 +88,42 @@ def test_log(tmp_path):
     first, *lines = [json.loads(line) for line in (tmp_path / "logs" / "run.jsonl").read_text().splitlines()]
     assert first["run"]["options"] == {"length": 8, "num_tokens": 2}
     assert lines == entries and [entry["step"] for entry in lines] == [2, 4]
+
+
+def test_learning_rate_rises_stays_and_falls():
+    run = TrainingRun(steps=100, lr=2.0, warmup=0.1)
+    rates = [run.learning_rate(step) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9:81] == [2.0] * 72
+    assert rates[-1] == pytest.approx(0.1) and rates[90] == pytest.approx(1.0)
+
+
+def test_curriculum_takes_the_next_length_once_one_is_learnt():
+    run = TrainingRun(
+        options={"length": 12, "num_tokens": 2}, curriculum=(4, 8), advance_at=0.0, d_model=16, n_layer=1, steps=6,
+        batch=4, eval_every=2,
+    )  # fmt: skip
+    trainer, shapes = Trainer(run), []
+    trainer.model.backbone.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[1]))
+    entries = [trainer.advance() for _ in range(3)]
+    assert shapes == [6] * 3 + [10] * 3 + [14] * 3  # two steps and an evaluation each, with two tokens to answer
+    assert [entry.get("length") for entry in entries] == [4, 8, None]
+    assert trainer.finished
+    stuck = Trainer(replace(run, advance_at=1.1))
+    assert [stuck.advance()["length"] for _ in range(2)] == [4, 4]
+
+
+def test_resumed_run_equals_a_whole_one(tmp_path):
+    run = TrainingRun(
+        options={"length": 8, "num_tokens": 2}, curriculum=(4,), advance_at=0.0, d_model=16, n_layer=1, steps=6,
+        batch=4, eval_every=2,
+    )  # fmt: skip
+    whole, entries = train(run)
+    for _ in range(3):
+        model, last = train(run, seconds=0, log=tmp_path / "log.jsonl", checkpoint=tmp_path / "state.pt")
+    assert last[-1]["loss"] == entries[-1]["loss"]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
+    assert train(run, checkpoint=tmp_path / "state.pt")[1] == []
 
 
 _INDUCTION = {"task": "induction_heads", "options": {"length": 16, "vocab_size": 8}, "lr": 5e-3, "weight_decay": 0.0}

@@ -1,7 +1,7 @@
 """The synthetic tasks of the Mamba papers: copying, selective copying, induction heads, associative recall.
 
 Each generator returns a batch of token ids ``(B, L)`` and targets ``(B, L)``: the token that the model should output at
-each position, -100 where nothing is asked.
+each position, -100 where nothing is asked. They are made on the generator's device.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ def _check(length: int, least: int, what: str) -> None:
         raise ValueError(f"length: expected at least {least} for {what}, got {length}")
 
 
+def _device(generator: torch.Generator | None) -> torch.device:
+    """Where a batch is made: on the generator's device."""
+    return torch.device("cpu") if generator is None else generator.device
+
+
 def _copy_answer(places: Tensor, length: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Lay out memory tokens among noise (id 0), then markers (id 1) at which they are to be repeated."""
     batch, count = tokens.shape
-    inputs = torch.zeros(batch, length + count, dtype=torch.long)
+    inputs = tokens.new_zeros(batch, length + count)
     inputs.scatter_(1, places, tokens)
     inputs[:, length:] = 1
     targets = torch.full_like(inputs, IGNORE)
@@ -55,8 +60,9 @@ def copying(
         Arjovsky et al. 2016; Gu & Dao 2023, figure 2 (left).
     """
     _check(length, num_tokens, f"{num_tokens} tokens")
-    tokens = torch.randint(2, vocab_size, (batch, num_tokens), generator=generator)
-    places = torch.arange(num_tokens).expand(batch, -1)
+    device = _device(generator)
+    tokens = torch.randint(2, vocab_size, (batch, num_tokens), generator=generator, device=device)
+    places = torch.arange(num_tokens, device=device).expand(batch, -1)
     return _copy_answer(places, length, tokens)
 
 
@@ -81,8 +87,11 @@ def selective_copying(
         Jing et al. 2019; Gu & Dao 2023, section 4.1.1: length 4096 (here 1024 by default), 16 tokens.
     """
     _check(length, num_tokens, f"{num_tokens} tokens")
-    tokens = torch.randint(2, vocab_size, (batch, num_tokens), generator=generator)
-    places = torch.rand(batch, length, generator=generator).argsort(dim=1)[:, :num_tokens].sort(dim=1).values
+    device = _device(generator)
+    tokens = torch.randint(2, vocab_size, (batch, num_tokens), generator=generator, device=device)
+    places = (
+        torch.rand(batch, length, generator=generator, device=device).argsort(dim=1)[:, :num_tokens].sort(dim=1).values
+    )
     return _copy_answer(places, length, tokens)
 
 
@@ -104,8 +113,9 @@ def induction_heads(
         Olsson et al. 2022; Gu & Dao 2023, section 4.1.2: trained at 256, tested up to 2 ** 20.
     """
     _check(length, 4, "the special token, what follows it, and its repetition")
-    inputs = torch.randint(0, vocab_size, (batch, length), generator=generator)
-    place = torch.randint(0, length - 2, (batch, 1), generator=generator)
+    device = _device(generator)
+    inputs = torch.randint(0, vocab_size, (batch, length), generator=generator, device=device)
+    place = torch.randint(0, length - 2, (batch, 1), generator=generator, device=device)
     inputs.scatter_(1, place, vocab_size)
     inputs[:, -1] = vocab_size
     targets = torch.full_like(inputs, IGNORE)
@@ -138,13 +148,14 @@ def mqar(
         Arora et al. 2023, "Zoology", appendix E; Dao & Gu 2024, section 9.1.
     """
     _check(length, 4 * num_pairs, f"{num_pairs} pairs and queries")
-    half = vocab_size // 2
-    keys = torch.rand(batch, half - 1, generator=generator).argsort(dim=1)[:, :num_pairs] + 1
-    values = torch.rand(batch, vocab_size - half, generator=generator).argsort(dim=1)[:, :num_pairs] + half
-    inputs = torch.zeros(batch, length, dtype=torch.long)
+    half, device = vocab_size // 2, _device(generator)
+    keys = torch.rand(batch, half - 1, generator=generator, device=device).argsort(dim=1)[:, :num_pairs] + 1
+    values = torch.rand(batch, vocab_size - half, generator=generator, device=device).argsort(dim=1)[:, :num_pairs]
+    values = values + half
+    inputs = torch.zeros(batch, length, dtype=torch.long, device=device)
     inputs[:, 0 : 2 * num_pairs : 2], inputs[:, 1 : 2 * num_pairs : 2] = keys, values
     gaps = (length - 2 * num_pairs) // 2
-    weight = power * torch.arange(1, gaps + 1, dtype=torch.float64) ** (power - 1)
+    weight = power * torch.arange(1, gaps + 1, dtype=torch.float64, device=device) ** (power - 1)
     gap = torch.multinomial(weight.expand(batch, -1), num_pairs, generator=generator)  # without replacement
     places = 2 * num_pairs + 2 * gap
     inputs.scatter_(1, places, keys)

@@ -1,9 +1,8 @@
-"""A small training loop for the synthetic tasks: a model, a task, AdamW, and a log that can be plotted."""
+"""A small training loop for the synthetic tasks: a model, a task, AdamW, and a log that can be plotted and resumed."""
 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,9 +15,14 @@ from torch import Tensor
 
 from .config import MambaConfig
 from .model import MambaLMHeadModel
-from .synthetic import IGNORE, accuracy, task
+from .synthetic import IGNORE, task
 
-__all__ = ["TrainingRun", "create_model", "evaluate", "parameter_groups", "train"]
+__all__ = ["Trainer", "TrainingRun", "create_model", "evaluate", "evaluate_lengths", "parameter_groups", "train"]
+
+_COOLDOWN = 0.2
+"""Share of the steps, the last ones, in which the learning rate falls to zero."""
+_SOLVED = 3
+"""Evaluations in a row at the accuracy asked for that end a run."""
 
 
 @dataclass
@@ -29,6 +33,9 @@ class TrainingRun:
         layer: ``"Mamba1"``, ``"Mamba2"`` or ``"S4D"``.
         task: Name of a synthetic task.
         options: The task's arguments.
+        curriculum: Lengths of the task to begin with, in order. The next one, finally that of ``options``, follows
+            once an evaluation reaches ``advance_at``.
+        advance_at: Accuracy at which the next length is taken.
         d_model: Width.
         n_layer: Layers.
         ssm_cfg: Further arguments of the mixer.
@@ -38,7 +45,7 @@ class TrainingRun:
         warmup: Share of the steps in which it rises.
         weight_decay: Of AdamW; not applied to state matrices, step sizes, norms and biases.
         seed: Of the weights and the data.
-        stop_at: Stop when the accuracy of a fresh batch reaches this three evaluations in a row.
+        stop_at: Stop when the accuracy of fresh batches reaches this three evaluations in a row.
         eval_every: Steps between evaluations.
         dtype: Autocast dtype, ``"float32"`` for none.
     """
@@ -46,6 +53,8 @@ class TrainingRun:
     layer: str = "Mamba1"
     task: str = "selective_copying"
     options: dict[str, Any] = field(default_factory=dict)
+    curriculum: Sequence[int] = ()
+    advance_at: float = 0.9
     d_model: int = 64
     n_layer: int = 2
     ssm_cfg: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +67,12 @@ class TrainingRun:
     stop_at: float = 1.1
     eval_every: int = 100
     dtype: str = "float32"
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of a step from 1: a linear rise, a plateau, and a linear fall to zero."""
+        rise = step / max(1.0, self.warmup * self.steps)
+        fall = (self.steps + 1 - step) / max(1.0, _COOLDOWN * self.steps)
+        return self.lr * min(1.0, rise, fall)
 
 
 def create_model(run: TrainingRun, device: str | torch.device = "cpu") -> MambaLMHeadModel:
@@ -79,21 +94,24 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _batches(
-    run: TrainingRun, device: str | torch.device, seed: int, **options: Any
-) -> Iterator[tuple[Tensor, Tensor]]:
-    make = task(run.task, **(run.options | options))
-    generator = torch.Generator().manual_seed(seed)
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Inputs ``(B, L)``; and, of the n positions that are asked in each row, places and answers, ``(B, n)``."""
+
+
+def _batches(run: TrainingRun, generator: torch.Generator, **options: Any) -> Iterator[Batch]:
+    make, count = task(run.task, **(run.options | options)), 0
     while True:
         inputs, targets = make(run.batch, generator=generator)
-        yield inputs.to(device), targets.to(device)
+        asked = targets != IGNORE
+        count = count or int(asked[0].sum())  # a task asks as much in every row
+        places = asked.byte().topk(count, dim=1).indices
+        yield inputs, places, targets.gather(1, places)
 
 
-def _asked_logits(model: MambaLMHeadModel, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and targets of the asked positions only: the output layer never sees the others."""
+def _asked_logits(model: MambaLMHeadModel, inputs: Tensor, places: Tensor) -> Tensor:
+    """Logits of the asked positions only, (B, n, V): the output layer never sees the others."""
     hidden = model.backbone(inputs)
-    asked = targets != IGNORE
-    return model.lm_head(hidden[asked]), targets[asked]
+    return model.lm_head(hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
 
 
 @torch.no_grad()
@@ -107,14 +125,139 @@ def evaluate(model: MambaLMHeadModel, run: TrainingRun, batches: int = 1, seed: 
         seed: Of the data.
         **options: Arguments of the task that differ from the run's, e.g. a longer ``length``.
     """
-    device = model.lm_head.weight.device
-    data = _batches(run, device, seed, **options)
-    correct = total = 0
+    data = _batches(run, torch.Generator(model.lm_head.weight.device).manual_seed(seed), **options)
+    scores = []
     for _ in range(batches):
-        logits, targets = _asked_logits(model, *next(data))
-        correct += accuracy(logits.unsqueeze(0), targets.unsqueeze(0)) * targets.numel()
-        total += targets.numel()
-    return correct / total
+        inputs, places, answers = next(data)
+        scores.append((_asked_logits(model, inputs, places).argmax(-1) == answers).float().mean())
+    return torch.stack(scores).mean().item()
+
+
+def evaluate_lengths(
+    model: MambaLMHeadModel, run: TrainingRun, lengths: Sequence[int], batches: int = 1
+) -> dict[int, float]:
+    """Return the accuracy at each length of the task's sequences."""
+    return {length: evaluate(model, run, batches, length=length) for length in lengths}
+
+
+class Trainer:
+    """A run in progress.
+
+    Args:
+        run: What to train.
+        device: Where.
+        graph: Replay a step as one CUDA graph: small models are limited by launches.
+    """
+
+    def __init__(self, run: TrainingRun, device: str | torch.device = "cpu", graph: bool = False) -> None:
+        self.run, self.device, self.graph = run, torch.device(device), graph
+        self.model = create_model(run, device).train()
+        self.rate = torch.tensor(0.0, device=self.device)  # a tensor, so that a captured step reads the present one
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, run.weight_decay), lr=self.rate if graph else 0.0, betas=(0.9, 0.98),
+            capturable=graph,
+        )  # fmt: skip
+        self.step = self.stage = self.solved = 0
+        self.seconds = 0.0
+        self._generator = torch.Generator(self.device).manual_seed(run.seed)
+        self._enter_stage()
+
+    @property
+    def stages(self) -> list[dict[str, int]]:
+        """The task's options that each stage of the curriculum changes."""
+        return [*({"length": length} for length in self.run.curriculum), {}]
+
+    def _enter_stage(self) -> None:
+        self._data = _batches(self.run, self._generator, **self.stages[self.stage])
+        self._step = self._captured() if self.graph else self._plain
+
+    def _optimise(self, inputs: Tensor, places: Tensor, answers: Tensor) -> Tensor:
+        """Take one step; returns the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, getattr(torch, self.run.dtype), enabled=self.run.dtype != "float32"):
+            logits = _asked_logits(self.model, inputs, places)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _plain(self, batch: Batch, rate: float) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return self._optimise(*batch)
+
+    def _captured(self) -> Callable[[Batch, float], Tensor]:
+        """Capture a step at the present stage's shapes; leaves weights, optimizer and data as they were."""
+        example = torch.Generator(self.device).manual_seed(0)
+        places = next(_batches(self.run, example, **self.stages[self.stage]))
+        before = {p: {name: t.clone() for name, t in state.items()} for p, state in self.optimizer.state.items()}
+        self.rate.zero_()  # the steps that warm up change moments, but no weights
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._optimise(*places)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = self._optimise(*places)
+        for parameter, state in self.optimizer.state.items():
+            for name, tensor in state.items():
+                tensor.copy_(before[parameter][name]) if before else tensor.zero_()
+
+        def replay(batch: Batch, rate: float) -> Tensor:
+            for place, tensor in zip(places, batch, strict=True):
+                place.copy_(tensor)
+            self.rate.fill_(rate)
+            graph.replay()
+            return loss
+
+        return replay
+
+    def advance(self) -> dict[str, Any]:
+        """Train up to the next evaluation; returns its entry of the log."""
+        began = time.perf_counter()
+        target = min(self.run.steps, self.step + self.run.eval_every)
+        while self.step < target:
+            self.step += 1
+            loss = self._step(next(self._data), self.run.learning_rate(self.step))
+        options = self.stages[self.stage]
+        score = evaluate(self.model, self.run, seed=10**6 + self.step, **options)
+        self.seconds += time.perf_counter() - began
+        entry = {"step": self.step, "loss": loss.item(), "accuracy": score, "seconds": round(self.seconds, 1)}
+        self._judge(score)
+        return entry | options
+
+    def _judge(self, score: float) -> None:
+        """Count evaluations that solve the task, or take the next length."""
+        if self.stage == len(self.stages) - 1:
+            self.solved = self.solved + 1 if score >= self.run.stop_at else 0
+        elif score >= self.run.advance_at:
+            self.stage += 1
+            self._enter_stage()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the steps are done or the task is solved."""
+        return self.step >= self.run.steps or self.solved >= _SOLVED
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that it takes to go on."""
+        progress = {name: getattr(self, name) for name in ("step", "stage", "solved", "seconds")}
+        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return progress | states | {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same run."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups if self.graph else ():
+            group["lr"] = self.rate
+        for name in ("step", "stage", "solved", "seconds"):
+            setattr(self, name, state[name])
+        self._enter_stage()
+        self._generator.set_state(state["generator"])
 
 
 def train(
@@ -122,6 +265,9 @@ def train(
     device: str | torch.device = "cpu",
     log: Path | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
+    graph: bool = False,
+    seconds: float = float("inf"),
+    checkpoint: Path | None = None,
 ) -> tuple[MambaLMHeadModel, list[dict[str, Any]]]:
     """Train a model on a synthetic task.
 
@@ -130,51 +276,30 @@ def train(
         device: Where.
         log: JSON Lines file: the run, then one entry an evaluation.
         report: Called with each entry.
+        graph: Replay steps as CUDA graphs.
+        seconds: Stop after the evaluation at which this much time has passed.
+        checkpoint: File to go on from if it exists, and to write at the end.
 
     Returns:
         The model in evaluation mode, and the log's entries.
     """
-    model = create_model(run, device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, run.weight_decay), lr=run.lr, betas=(0.9, 0.98))
-    warmup = max(1, int(run.warmup * run.steps))
-
-    def schedule(step: int) -> float:
-        rising = (step + 1) / warmup
-        return min(rising, 0.5 * (1 + math.cos(math.pi * min(1.0, step / run.steps))) * 0.99 + 0.01)
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    autocast = torch.autocast(torch.device(device).type, getattr(torch, run.dtype), enabled=run.dtype != "float32")
-    entries: list[dict[str, Any]] = []
-    if log is not None:
+    began, trainer = time.perf_counter(), Trainer(run, device, graph)
+    resumed = checkpoint is not None and checkpoint.exists()
+    if resumed:
+        trainer.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+    if log is not None and not resumed:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(json.dumps({"run": asdict(run)}) + "\n", encoding="utf-8")
-    data, began, solved = _batches(run, device, run.seed), time.perf_counter(), 0
-    for step in range(1, run.steps + 1):
-        with autocast:
-            logits, targets = _asked_logits(model, *next(data))
-            loss = F.cross_entropy(logits.float(), targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        if step % run.eval_every == 0 or step == run.steps:
-            score = evaluate(model, run, seed=10**6 + step)
-            seconds = round(time.perf_counter() - began, 1)
-            entries.append({"step": step, "loss": loss.item(), "accuracy": score, "seconds": seconds})
-            if log is not None:
-                with log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(entries[-1]) + "\n")
-            if report is not None:
-                report(entries[-1])
-            solved = solved + 1 if score >= run.stop_at else 0
-            if solved == 3:
-                break
-    return model.eval(), entries
-
-
-def evaluate_lengths(
-    model: MambaLMHeadModel, run: TrainingRun, lengths: Sequence[int], batches: int = 1
-) -> dict[int, float]:
-    """Return the accuracy at each length of the task's sequences."""
-    return {length: evaluate(model, run, batches, length=length) for length in lengths}
+    entries: list[dict[str, Any]] = []
+    while not trainer.finished:
+        entries.append(trainer.advance())
+        if log is not None:
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entries[-1]) + "\n")
+        if report is not None:
+            report(entries[-1])
+        if time.perf_counter() - began >= seconds:
+            break
+    if checkpoint is not None:
+        torch.save(trainer.state_dict(), checkpoint)
+    return trainer.model.eval(), entries
