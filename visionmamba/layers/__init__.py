@@ -12,6 +12,7 @@ from .class_token import (
 from .feature_pyramid import SimpleFeaturePyramid
 from .gated_mixer import GatedMixer
 from .local_scan import LOCAL_DIRECTIONS, LocalScan, chosen_directions, search_weights
+from .norm import LayerNorm, before_linear
 from .output_norms import OutputNorms
 from .patch import ChannelsLastConv2d, ConvDownsample, ConvPatchEmbed, DepthwiseConv2d
 from .pos_embed import resize_pos_embed_aligned, resize_pos_embed_official
@@ -35,6 +36,7 @@ __all__ = [
     "ConvPatchEmbed",
     "DepthwiseConv2d",
     "GatedMixer",
+    "LayerNorm",
     "LocalScan",
     "MultiHeadSSM",
     "OutputNorms",
@@ -46,6 +48,7 @@ __all__ = [
     "StridedPatchEmbed",
     "apply_rope",
     "axial_rope_table",
+    "before_linear",
     "check_choice",
     "chosen_directions",
     "class_token_indices",

@@ -7,6 +7,8 @@ from functools import partial
 import torch
 import torch.nn as nn
 
+from .norm import LayerNorm, before_linear
+
 __all__ = ["ChannelsLastConv2d", "ConvDownsample", "ConvPatchEmbed", "DepthwiseConv2d"]
 
 
@@ -57,7 +59,7 @@ class ConvPatchEmbed(nn.Module):
         patch_size: int = 4,
         in_chans: int = 3,
         embed_dim: int = 96,
-        norm_layer=nn.LayerNorm,
+        norm_layer=LayerNorm,
         act_layer=nn.GELU,
         device=None,
         dtype=None,
@@ -67,7 +69,8 @@ class ConvPatchEmbed(nn.Module):
         stride = patch_size // 2
         conv = partial(ChannelsLastConv2d, kernel_size=stride + 1, stride=stride, padding=1, **dd)
         self.conv1 = conv(in_chans, embed_dim // 2)
-        self.norm1 = norm_layer(embed_dim // 2, **dd) if norm_layer is not None else nn.Identity()
+        norm1 = norm_layer(embed_dim // 2, **dd) if norm_layer is not None else nn.Identity()
+        self.norm1 = before_linear(norm1)
         self.act = act_layer()
         self.conv2 = conv(embed_dim // 2, embed_dim)
         self.norm2 = norm_layer(embed_dim, **dd) if norm_layer is not None else nn.Identity()
@@ -92,7 +95,7 @@ class ConvDownsample(nn.Module):
     """
 
     def __init__(
-        self, dim: int, out_dim: int, kernel_size: int = 3, norm_layer=nn.LayerNorm, device=None, dtype=None
+        self, dim: int, out_dim: int, kernel_size: int = 3, norm_layer=LayerNorm, device=None, dtype=None
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()

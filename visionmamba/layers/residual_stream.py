@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import DropPath, register_notrace_function
 
+from .norm import before_linear, stream_norm
 from .rope import apply_rope
 
 __all__ = ["STREAM_NORMS", "ResidualBlock", "StreamLayerNorm", "StreamRMSNorm", "widen"]
+
+torch.fx.wrap("stream_norm")  # FX looks for leaf functions where forward is defined
 
 
 @torch.fx.wrap
@@ -27,19 +29,25 @@ def widen(x: torch.Tensor) -> torch.Tensor:
 class StreamRMSNorm(nn.RMSNorm):
     """RMSNorm of the residual stream: computed in the stream's dtype, returned in the parameters'."""
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.narrow = False
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``(..., C)``."""
-        weight = self.weight
-        return F.rms_norm(x, self.normalized_shape, weight.to(x.dtype), self.eps).to(weight.dtype)
+        return stream_norm(x, self.weight, None, self.eps, True, self.narrow)
 
 
 class StreamLayerNorm(nn.LayerNorm):
     """LayerNorm of the residual stream: computed in the stream's dtype, returned in the parameters'."""
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.narrow = False
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``(..., C)``."""
-        weight, bias = self.weight, self.bias
-        return F.layer_norm(x, self.normalized_shape, weight.to(x.dtype), bias.to(x.dtype), self.eps).to(weight.dtype)
+        return stream_norm(x, self.weight, self.bias, self.eps, False, self.narrow)
 
 
 STREAM_NORMS = {"rms": StreamRMSNorm, "layer": StreamLayerNorm}
@@ -62,7 +70,7 @@ class ResidualBlock(nn.Module):
         self, mixer: nn.Module, norm: nn.Module, drop_path: float = 0.0, scale: float = 1.0, rope: str = ""
     ) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm = before_linear(norm)
         self.mixer = mixer
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.scale, self.rope = scale, rope

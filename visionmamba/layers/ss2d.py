@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from ..ops import selective_scan
 from ..ops.ssd import ssd_scan
 from .checks import check_choice
+from .norm import LayerNorm, before_linear
 from .patch import DepthwiseConv2d
 from .selective_ssm import SelectiveSSM
 
@@ -39,11 +40,11 @@ class SpatialSoftmax(nn.Module):
 
 
 OUT_NORMS = {
-    "layer": lambda dim, norm_layer, **dd: norm_layer(dim, **dd),
+    "layer": lambda dim, norm_layer, **dd: before_linear(norm_layer(dim, **dd)),
     "none": lambda dim, norm_layer, **dd: nn.Identity(),
     "dwconv": lambda dim, norm_layer, **dd: DepthwiseConv2d(dim, bias=False, **dd),
     "layer_dwconv": lambda dim, norm_layer, **dd: nn.Sequential(
-        norm_layer(dim, **dd), DepthwiseConv2d(dim, bias=False, **dd)
+        before_linear(norm_layer(dim, **dd)), DepthwiseConv2d(dim, bias=False, **dd)
     ),
     "softmax": lambda dim, norm_layer, **dd: SpatialSoftmax(),
     "sigmoid": lambda dim, norm_layer, **dd: nn.Sigmoid(),
@@ -183,7 +184,7 @@ class SS2D(nn.Module):
         out_norm: str = "layer",
         out_act: bool = False,
         drop: float = 0.0,
-        norm_layer=nn.LayerNorm,
+        norm_layer=LayerNorm,
         device=None,
         dtype=None,
     ) -> None:

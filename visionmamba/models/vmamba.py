@@ -19,7 +19,7 @@ from timm.layers import DropPath, GluMlp, Mlp, get_act_layer, to_2tuple, trunc_n
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 
-from ..layers import CROSS_SCAN, SS2D, ConvDownsample, ConvPatchEmbed, check_choice
+from ..layers import CROSS_SCAN, SS2D, ConvDownsample, ConvPatchEmbed, LayerNorm, before_linear, check_choice
 from ..layers.grid_embed import resize_grid_embed
 from ._builder import build_model
 from ._hierarchical import DisjointPatchEmbed, HierarchicalModel
@@ -53,20 +53,20 @@ class VMambaBlock(nn.Module):
         mlp_act_layer=nn.GELU,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
-        norm_layer=nn.LayerNorm,
+        norm_layer=LayerNorm,
         device=None,
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm1 = norm_layer(dim, **dd)
+        self.norm1 = before_linear(norm_layer(dim, **dd))
         self.mixer = SS2D(dim, norm_layer=norm_layer, **mixer, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.has_mlp = mlp_ratio > 0
         if self.has_mlp:
             hidden = int(dim * mlp_ratio)
             mlp_layer, hidden = (GluMlp, 2 * hidden) if gated_mlp else (Mlp, hidden)
-            self.norm2 = norm_layer(dim, **dd)
+            self.norm2 = before_linear(norm_layer(dim, **dd))
             self.mlp = mlp_layer(dim, hidden_features=hidden, act_layer=mlp_act_layer, drop=proj_drop, **dd)
         else:
             self.norm2, self.mlp = nn.Identity(), nn.Identity()
@@ -149,7 +149,7 @@ class VMamba(HierarchicalModel):
         downsample: str = "conv3",
         pos_embed: bool = False,
         proj_drop_rate: float = 0.0,
-        norm_layer=nn.LayerNorm,
+        norm_layer=LayerNorm,
         device=None,
         dtype=None,
         **kwargs: Any,

@@ -21,7 +21,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _normalise(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
+def normalise(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
     """Return x normalised over its last dimension, and the reciprocal deviation."""
     if not rms:
         x = x - x.mean(-1, keepdim=True)
@@ -29,8 +29,8 @@ def _normalise(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
     return x * rstd, rstd
 
 
-def _normalise_backward(dnormal: Tensor, normal: Tensor, rstd: Tensor, rms: bool) -> Tensor:
-    """Return dx of :func:`_normalise`."""
+def normalise_backward(dnormal: Tensor, normal: Tensor, rstd: Tensor, rms: bool) -> Tensor:
+    """Return dx of :func:`normalise`."""
     dx = dnormal - normal * (dnormal * normal).mean(-1, keepdim=True)
     return rstd * (dx if rms else dx - dnormal.mean(-1, keepdim=True))
 
@@ -41,7 +41,7 @@ def gated_forward(x, weight, bias, z, eps, group_size, norm_before_gate, rms):
     gate = None if z is None else F.silu(z.to(wide.dtype))
     if gate is not None and not norm_before_gate:
         wide = wide * gate
-    normal, _ = _normalise(wide.unflatten(-1, (-1, group_size)), eps, rms)
+    normal, _ = normalise(wide.unflatten(-1, (-1, group_size)), eps, rms)
     out = normal.flatten(-2) * weight.to(wide.dtype)
     if bias is not None:
         out = out + bias.to(wide.dtype)
@@ -61,7 +61,7 @@ def gated_backward(dout, x, weight, bias, z, eps, group_size, norm_before_gate, 
         gate = pre * sigmoid
         if not norm_before_gate:
             scaled = wide * gate
-    normal, rstd = _normalise(scaled.unflatten(-1, (-1, group_size)), eps, rms)
+    normal, rstd = normalise(scaled.unflatten(-1, (-1, group_size)), eps, rms)
     flat = normal.flatten(-2)
     if gate is not None and norm_before_gate:
         affine = flat * weight if bias is None else flat * weight + bias.to(wide.dtype)
@@ -70,7 +70,7 @@ def gated_backward(dout, x, weight, bias, z, eps, group_size, norm_before_gate, 
     rows = tuple(range(x.dim() - 1))
     dweight = (dout * flat).sum(rows)
     dbias = None if bias is None else dout.sum(rows)
-    dx = _normalise_backward((dout * weight).unflatten(-1, (-1, group_size)), normal, rstd, rms).flatten(-2)
+    dx = normalise_backward((dout * weight).unflatten(-1, (-1, group_size)), normal, rstd, rms).flatten(-2)
     if gate is not None and not norm_before_gate:
         dgate = dx * wide
         dx = dx * gate
@@ -83,7 +83,7 @@ def add_forward(x, residual, weight, bias, eps, rms, residual_in_fp32):
     total = x.to(_wide(x))
     if residual is not None:
         total = total + residual.to(total.dtype)
-    normal, _ = _normalise(total, eps, rms)
+    normal, _ = normalise(total, eps, rms)
     out = normal * weight.to(total.dtype)
     if bias is not None:
         out = out + bias.to(total.dtype)
@@ -95,10 +95,10 @@ def add_backward(dout, dtotal, x, residual, weight, bias, eps, rms, residual_in_
     total = x.to(_wide(x))
     if residual is not None:
         total = total + residual.to(total.dtype)
-    normal, rstd = _normalise(total, eps, rms)
+    normal, rstd = normalise(total, eps, rms)
     dout = dout.to(total.dtype)
     rows = tuple(range(x.dim() - 1))
-    dx = _normalise_backward(dout * weight.to(total.dtype), normal, rstd, rms)
+    dx = normalise_backward(dout * weight.to(total.dtype), normal, rstd, rms)
     if dtotal is not None:
         dx = dx + dtotal.to(dx.dtype)
     return dx, (dout * normal).sum(rows), None if bias is None else dout.sum(rows)

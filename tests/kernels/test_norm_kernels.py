@@ -1,0 +1,81 @@
+"""The norm's CUDA kernels: run on the CPU by ``simt.h`` against float64, and compiled for every architecture."""
+
+import importlib
+import re
+
+import pytest
+import torch
+from emulation import COMPILER, EmulatedLauncher
+from test_compile import ARCHITECTURES
+
+from visionmamba.ops import cuda_runtime
+
+cuda_norm = importlib.import_module("visionmamba.ops._cuda_norm")
+plain = importlib.import_module("visionmamba.ops.channel_norm")
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+pytestmark = pytest.mark.skipif(cuda_runtime.available() is not None, reason="needs cuda-core")
+
+
+def relative(actual, exact):
+    return float((actual.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def double(x):
+    return x if x is None else x.double()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("channels", "x", "added", "out", "rms", "has_bias"),
+    [
+        (96, F32, BF16, BF16, False, True),
+        (48, BF16, None, F32, False, True),
+        (70, F32, F32, F32, True, False),
+        (33, F32, None, F16, False, False),
+        (384, BF16, BF16, BF16, True, True),
+    ],
+)
+def test_against_float64(channels, x, added, out, rms, has_bias, monkeypatch):
+    monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: EmulatedLauncher(2))
+    torch.manual_seed(0)
+    shape, weight, bias = (3, 37, channels), torch.randn(channels), torch.randn(channels) if has_bias else None
+    stream = (torch.randn(shape) + 1).to(x)
+    branch = None if added is None else torch.randn(shape).to(added)
+    dout, dtotal = torch.randn(shape).to(out), None if added is None else torch.randn(shape).to(x)
+    options = (1e-5, rms, 0.5)
+    found = cuda_norm.forward(stream, branch, weight, bias, *options, out)
+    wide = torch.float64
+    exact = plain.forward(double(stream), double(branch), double(weight), double(bias), *options, wide)
+    total = stream if branch is None else found[1]
+    found = (*found, *cuda_norm.backward(dout, dtotal, total, weight, bias, *options, added))
+    tensors = (double(t) for t in (dout, dtotal, total, weight, bias))
+    exact = (*exact, *plain.backward(*tensors, *options, None if added is None else wide))
+    for actual, expected in zip(found, exact, strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            assert relative(actual, expected) <= (2e-7 if actual.dtype == F32 else 2**-9)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 48, 50, 96, 100, 128, 192, 384, 500, 768, 1024])
+def test_a_row_fits_its_threads(channels):
+    lanes, vec, iterations = cuda_norm.row_layout(channels)
+    assert channels % vec == 0
+    assert lanes * vec * (iterations - 1) < channels <= lanes * vec * iterations
+
+
+def test_rows_that_do_not_fit_are_refused():
+    assert cuda_norm._supports(torch.empty(2, 1026)) == "takes fewer channels"
+    assert cuda_norm._supports(torch.empty(2, 8, dtype=torch.float64)).startswith("takes float32, float16 and bfloat16")
+    mixed = cuda_norm._supports(torch.empty(2, 8, dtype=F16), torch.empty(2, 8, dtype=BF16))
+    assert mixed == "takes one 16-bit dtype at a time"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("channels", [96, pytest.param(1024, marks=pytest.mark.slow)])
+def test_compiles_without_spills(channels, architecture):
+    macros = cuda_norm.macros(channels, F32, BF16, BF16, rms=False)
+    log = cuda_runtime.compile_log("norm.cu", macros, architecture)
+    assert (
+        log.count("0 bytes spill stores, 0 bytes spill loads") == len(re.findall("Compiling entry function", log)) == 2
+    )

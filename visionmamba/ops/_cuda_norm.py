@@ -1,0 +1,131 @@
+"""Norms of rows on NVIDIA GPUs: ``kernels/cuda/norm.cu``."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from . import cuda_runtime
+from .backend import Implementation, register_implementation
+from .cuda_runtime import Arguments, pointer
+from .selective_scan.cuda_call import ACT, sum_rows
+
+__all__ = ["backward", "forward", "macros", "row_layout"]
+
+_FILE = "norm.cu"
+_THREADS = 256
+_MAX_ITERATIONS = 8
+_BLOCKS = {"norm_forward": 8, "norm_backward": 3}  # a multiprocessor
+
+
+def row_layout(channels: int) -> tuple[int, int, int] | None:
+    """Choose how threads share a row.
+
+    Args:
+        channels: C.
+
+    Returns:
+        Threads a row, values of a thread at a time, and how many times; None if there are too many channels. As few
+        values as can be lie past the row's end, and each thread has several loads under way.
+    """
+    vec = next(width for width in (4, 2, 1) if channels % width == 0)
+    layouts = [(lanes, vec, -(-channels // (lanes * vec))) for lanes in (32, 16, 8, 4)]
+    layouts = [layout for layout in layouts if layout[2] <= _MAX_ITERATIONS]
+    if not layouts:
+        return None
+    return min(layouts, key=lambda layout: (layout[0] * layout[1] * layout[2], abs(layout[2] - 3)))
+
+
+def macros(channels: int, x: torch.dtype, added: torch.dtype | None, out: torch.dtype, *, rms: bool) -> dict[str, int]:
+    """Return the macros of a specialisation of the kernel file."""
+    lanes, vec, iterations = row_layout(channels)
+    dtypes = {"X_FLOAT": x, "ADDED_FLOAT": added or torch.float32, "OUT_FLOAT": out}
+    narrow = [dtype for dtype in dtypes.values() if dtype != torch.float32]
+    return {
+        "ACT": ACT[narrow[0] if narrow else torch.float32],
+        **{name: int(dtype == torch.float32) for name, dtype in dtypes.items()},
+        "ROW_LANES": lanes,
+        "VEC": vec,
+        "ITERS": iterations,
+        "ADD": int(added is not None),
+        "RMS": int(rms),
+    }
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("i", struct.pack("f", value))[0]
+
+
+def _run(
+    name: str, specialisation: dict[str, int], x: Tensor, eps: float, scale: float, bias: Tensor | None, **tensors
+) -> int:
+    """Launch a kernel and return its blocks; ``tensors`` are the other pointers of ``NormArgs``."""
+    launcher = cuda_runtime.launcher(x.device)
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    blocks = min(-(-rows // (_THREADS // specialisation["ROW_LANES"])), _BLOCKS[name] * launcher.multiprocessors)
+    partial = None
+    if name == "norm_backward":
+        width = channels if specialisation["RMS"] else 2 * channels
+        partial = torch.empty((blocks, width), device=x.device)
+    names = ("out", "total", "dout", "dtotal", "dx", "dadded")
+    inputs = (x, tensors.get("added"), tensors["weight"], bias)
+    wide = (*map(pointer, (*inputs, *map(tensors.get, names), partial)), rows, blocks)
+    narrow = (channels, _bits(eps), _bits(scale), int(bias is not None))
+    launcher.run(_FILE, name, specialisation, blocks, _THREADS, Arguments(wide, narrow))
+    return partial
+
+
+def _parameters(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [tensor if tensor is None else tensor.float().contiguous() for tensor in tensors]
+
+
+def forward(x, added, weight, bias, eps, rms, scale, dtype):
+    """Compute the op ``visionmamba::channel_norm``."""
+    x, added = x.contiguous(), None if added is None else added.contiguous()
+    weight, bias = _parameters(weight, bias)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    total = None if added is None else torch.empty_like(x)
+    specialisation = macros(x.shape[-1], x.dtype, None if added is None else added.dtype, dtype, rms=rms)
+    _run("norm_forward", specialisation, x, eps, scale, bias, added=added, weight=weight, out=out, total=total)
+    return out, total
+
+
+def backward(dout, dtotal, total, weight, bias, eps, rms, scale, added_dtype):
+    """Compute the gradients of x, added, weight and bias; None for absent ones."""
+    dout, total = dout.contiguous(), total.contiguous()
+    dtotal = None if dtotal is None else dtotal.contiguous()
+    (wide_weight,) = _parameters(weight)
+    dx = torch.empty_like(total)
+    dadded = None if added_dtype is None else torch.empty(total.shape, dtype=added_dtype, device=total.device)
+    specialisation = macros(total.shape[-1], total.dtype, added_dtype, dout.dtype, rms=rms)
+    partial = _run(
+        "norm_backward", specialisation, total, eps, scale, None, weight=wide_weight, dout=dout, dtotal=dtotal, dx=dx,
+        dadded=dadded,
+    )  # fmt: skip
+    channels = total.shape[-1]
+    launcher = cuda_runtime.launcher(total.device)
+    dweight, *dbias = sum_rows(launcher, partial, torch.float32, [channels] * (1 if rms else 2))
+    if bias is not None and rms:
+        dbias = [dout.flatten(0, -2).sum(0, dtype=torch.float32)]
+    return dx, dadded, dweight, None if bias is None else dbias[0]
+
+
+def _supports(x, *others) -> str | None:
+    dtypes = {t.dtype for t in (x, *others[:1]) if isinstance(t, Tensor)}
+    dtypes |= {value for value in others if isinstance(value, torch.dtype)}
+    if not dtypes <= set(ACT):
+        return f"takes float32, float16 and bfloat16, not {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
+    if len(dtypes - {torch.float32}) > 1:
+        return "takes one 16-bit dtype at a time"
+    return "takes fewer channels" if row_layout(x.shape[-1]) is None else None
+
+
+register_implementation(
+    Implementation(
+        "channel_norm", "cuda", ("cuda",), forward, backward, cuda_runtime.usable, _supports,
+        (cuda_runtime.KernelError,),
+    )
+)  # fmt: skip
