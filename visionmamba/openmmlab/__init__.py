@@ -39,9 +39,11 @@ from .adapter import VisionMambaAdapter  # noqa: E402
 from .aliases import MM_VSSM, PlainMambaSeg, VisionMambaSeg  # noqa: E402
 from .backbone import VisionMambaBackbone  # noqa: E402
 from .neck import VisionMambaFeaturePyramid, ViTDetFeaturePyramid  # noqa: E402
+from .optim import LayerDecayOptimWrapperConstructor  # noqa: E402
 
 __all__ = [
     "MM_VSSM",
+    "LayerDecayOptimWrapperConstructor",
     "PlainMambaSeg",
     "ViTDetFeaturePyramid",
     "VisionMambaAdapter",

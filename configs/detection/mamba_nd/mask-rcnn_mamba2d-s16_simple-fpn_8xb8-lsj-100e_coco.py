@@ -8,7 +8,6 @@ model = dict(
 )
 without_decay = ("pos_embed", "norm", "A_log", ".D")
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1),
     paramwise_cfg=dict(custom_keys={name: dict(decay_mult=0.0) for name in without_decay}),
     clip_grad=dict(max_norm=35, norm_type=2),
 )

@@ -1,4 +1,12 @@
-"""The digit scenes of ``tools/make_digit_scenes.py`` for detectors, trained from scratch on one GPU."""
+"""Mask R-CNN on the digit scenes of ``tools/make_digit_scenes.py``, trained from scratch on one GPU."""
+
+_base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
+custom_imports = dict(imports=["visionmamba.openmmlab"], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(_delete_=True, type="VisionMambaBackbone", model_name="", drop_path_rate=0.1),
+    roi_head=dict(bbox_head=dict(num_classes=10), mask_head=dict(num_classes=10)),
+)
 
 data_root = "data/digit_scenes/"
 metainfo = dict(classes=tuple("0123456789"))

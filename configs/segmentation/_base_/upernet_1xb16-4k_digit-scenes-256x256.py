@@ -1,4 +1,15 @@
-"""The digit scenes of ``tools/make_digit_scenes.py`` for segmentors, trained from scratch on one GPU."""
+"""UPerNet on the digit scenes of ``tools/make_digit_scenes.py``, trained from scratch on one GPU."""
+
+_base_ = ["mmseg::_base_/models/upernet_swin.py", "mmseg::_base_/default_runtime.py"]
+custom_imports = dict(imports=["visionmamba.openmmlab"], allow_failed_imports=False)
+
+norm_cfg = dict(type="BN", requires_grad=True)
+model = dict(
+    data_preprocessor=dict(size=(256, 256)),
+    backbone=dict(_delete_=True, type="VisionMambaBackbone", model_name="", drop_path_rate=0.1),
+    decode_head=dict(num_classes=11, norm_cfg=norm_cfg),
+    auxiliary_head=dict(num_classes=11, norm_cfg=norm_cfg),
+)
 
 data_root = "data/digit_scenes/"
 metainfo = dict(
