@@ -120,9 +120,19 @@ def test_a_failing_model_is_named_and_the_rest_are_there(run, tmp_path, monkeypa
     assert "## Failed" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def _fake(monkeypatch):
+    """Measure nothing: a graph is three times as fast."""
+
+    def measure(setting, *_):
+        speed = 30.0 if setting.run == "graph" else 10.0
+        fake = {"infer_samples_per_sec": f"{speed:.2f}", "infer_step_time": "100.0", "error": ""}
+        return {**setting.identity(), **fake, "peak_memory_mib": "50.0" if setting.run == "eager" else "60.0"}
+
+    monkeypatch.setattr(module, "measure", measure)
+
+
 def test_published_and_own_accuracy_stand_side_by_side(run, tmp_path, monkeypatch):
-    fake = {"infer_samples_per_sec": "10.00", "infer_step_time": "100.0", "peak_memory_mib": "50.0", "error": ""}
-    monkeypatch.setattr(module, "measure", lambda setting, *_: {**setting.identity(), **fake})
+    _fake(monkeypatch)
     table = tmp_path / "own.csv"
     table.write_text("model,top1\nvmamba_tiny_s1l8,82.45\n")
     arguments = ("vmamba_tiny_s1l8", "convnext_tiny", "--sweep", "vmamba_tiny_s1l8", "--no-training")
@@ -133,6 +143,31 @@ def test_published_and_own_accuracy_stand_side_by_side(run, tmp_path, monkeypatc
     assert cells[-3:] == ["82.6", "82.45", "-0.15"]
     assert cells[4:7] == ["4.91", "4.905609984", "0"]
     assert (tmp_path / "accuracy.svg").exists()
+
+
+def test_runs_stand_side_by_side(run, tmp_path, monkeypatch):
+    _fake(monkeypatch)
+    result = run("report", *MODELS, "--runs", "eager,graph", "--out", tmp_path, *QUICK)
+    assert result.status == 0, result.err
+    header, _, row, *_ = (line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("|"))
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")[1:-1]] for line in (header, row)), strict=True))
+    assert (cells["Images/s"], cells["Images/s CUDA graph"], cells["Memory (MiB)"]) == ("10.0", "30.0", "50")
+    assert "Images/s compiled" not in cells
+    assert "in a CUDA graph" in (tmp_path / "report.md").read_text()
+
+
+def test_what_was_measured_elsewhere_is_shown(run, report):
+    environment = report / "measurements" / "environment.json"
+    environment.write_text(json.dumps({"device": "abacus", "torch": "1.0"}))
+    for name in ("report.html", "report.md"):
+        (report / name).unlink()
+    arguments = ("report", *MODELS, "--out", report, *QUICK)
+    assert "holds results of another machine" in run(*arguments).err
+    assert run(*arguments, "--no-measure").status == 0
+    assert "# The zoo on abacus" in (report / "report.md").read_text()
+    assert {"test_vmamba", "test_vim", "abacus"} <= set(Page((report / "report.html").read_text()).cells)
+    empty = run("report", *MODELS, "--out", report / "empty", *QUICK, "--no-measure")
+    assert (empty.status, "holds no measurements" in empty.err) == (1, True)
 
 
 def test_default_models_are_the_224_pixel_models_and_three_peers():

@@ -319,14 +319,14 @@ class Results:
 
     Args:
         folder: The folder; results that are there already are kept, and not measured again.
-        device: Device of the measurements.
+        device: Device of the measurements; None to read what is there, wherever it was measured.
 
     Raises:
         ValueError: The folder holds results of another machine, or a file that is not such a table.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self.folder, self.environment = folder, environment(device)
+    def __init__(self, folder: Path, device: torch.device | None) -> None:
+        self.folder, self.environment = folder, {} if device is None else environment(device)
         folder.mkdir(parents=True, exist_ok=True)
         self._check_environment()
         self.rows = {mode: self._read(mode) for mode in MODES}
@@ -334,6 +334,8 @@ class Results:
     def _check_environment(self) -> None:
         path = self.folder / "environment.json"
         if not path.exists():
+            if not self.environment:
+                raise ValueError(f"{self.folder} holds no measurements")
             self._write(path, json.dumps(self.environment, indent=1) + "\n")
             return
         try:
@@ -341,7 +343,7 @@ class Results:
         except ValueError as error:
             raise ValueError(f"{path} is not the record of a benchmark: {error}") from error
         for key in ("device", "torch", "threads"):
-            if before.get(key) != self.environment[key]:
+            if self.environment and before.get(key) != self.environment[key]:
                 raise ValueError(
                     f"{self.folder} holds results of another machine ({key} {before.get(key)}, here "
                     f"{self.environment[key]}); give another folder"
@@ -361,11 +363,11 @@ class Results:
                 raise ValueError(f"{path} is not a table of this benchmark; give another folder")
             return list(reader)
 
-    def find(self, setting: Setting) -> dict[str, str] | None:
-        """Return the row of a setting that was measured without an error."""
+    def find(self, setting: Setting, failed: bool = False) -> dict[str, str] | None:
+        """Return the row of a setting that was measured, without an error unless ``failed``."""
         identity = setting.identity()
         for row in self.rows[setting.mode]:
-            if not row["error"] and all(row[column] == value for column, value in identity.items()):
+            if (failed or not row["error"]) and all(row[column] == value for column, value in identity.items()):
                 return row
         return None
 

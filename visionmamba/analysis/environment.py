@@ -24,7 +24,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit of a checkout, with a mark if it was changed; None for an installed package."""
+    """Return the commit of a checkout, with a mark if it was changed; None for an installed package.
+
+    ``VISIONMAMBA_COMMIT`` says it where there is no repository, as in a copy on another machine.
+    """
+    if os.environ.get("VISIONMAMBA_COMMIT"):
+        return os.environ["VISIONMAMBA_COMMIT"]
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

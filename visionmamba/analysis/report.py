@@ -15,7 +15,7 @@ import timm
 from .._files import replacing
 from ..inference import input_size
 from ..zoo import model_names, published_top1
-from .bench import PEERS, Setting, cost_at_size
+from .bench import MODES, PEERS, RUNS, Setting, cost_at_size
 from .cost import ModelCost
 from .published import PUBLISHED, agrees
 
@@ -29,7 +29,8 @@ PEERS_TOP1 = {"deit_small_patch16_224": 79.8, "swin_tiny_patch4_window7_224": 81
 
 _COLUMNS = (
     "Model", "Input", "Params (M)", "Params published", "GFLOPs", "GFLOPs published", "GFLOPs differ", "Scan's share",
-    "Images/s", "Training images/s", "Energy (mJ)", "Memory (MiB)", "Training memory (MiB)", "Top-1 published",
+    "Images/s", "Images/s compiled", "Images/s CUDA graph", "Training images/s", "Training images/s compiled",
+    "Training images/s CUDA graph", "Energy (mJ)", "Memory (MiB)", "Training memory (MiB)", "Top-1 published",
     "Top-1 ours", "Top-1 differs",
 )  # fmt: skip
 
@@ -113,7 +114,7 @@ def _cost(name: str) -> ModelCost:
 
 def plan(
     models: Sequence[str], sweep: Sequence[str], sizes: Sequence[tuple[int, int]], batch: int, training: bool,
-    precision: str, channels_last: bool = False, sweep_run: str = "eager",
+    precision: str, runs: Sequence[str] = ("eager",), channels_last: bool = False,
 ) -> Plan:  # fmt: skip
     """Return what is to be measured.
 
@@ -124,14 +125,14 @@ def plan(
         batch: Batch of the table; the plots are of single images.
         training: Whether training steps are measured too.
         precision: One of :data:`visionmamba.analysis.bench.PRECISIONS`.
+        runs: How the table's models run, some of :data:`visionmamba.analysis.bench.RUNS`; the plots' as the last one.
         channels_last: Layout of input and weights.
-        sweep_run: How the models of the plots run, one of :data:`visionmamba.analysis.bench.RUNS`.
     """
     modes = ("infer", "train") if training else ("infer",)
     rest = (precision, channels_last)
     return Plan(
-        [Setting(name, mode, _own_size(name), batch, "eager", *rest) for name in models for mode in modes],
-        [Setting(name, "infer", tuple(size), 1, sweep_run, *rest) for name in sweep for size in sizes],
+        [Setting(name, mode, _own_size(name), batch, run, *rest) for run in runs for name in models for mode in modes],
+        [Setting(name, "infer", tuple(size), 1, runs[-1], *rest) for name in sweep for size in sizes],
     )
 
 
@@ -157,7 +158,7 @@ def _text(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _cells(name: str, measured: Measurement, settings: dict[str, Setting], ours: dict[str, float]) -> list[str]:
+def _cells(name: str, measured: Measurement, settings: list[Setting], ours: dict[str, float]) -> list[str]:
     """Return a model's row of the table."""
     cost, published = _cost(name), PUBLISHED.get(name.split(".")[0])
     gflops = published.gflops if published else None
@@ -174,20 +175,18 @@ def _cells(name: str, measured: Measurement, settings: dict[str, Setting], ours:
     ]  # fmt: skip
 
 
-def _measured_cells(measured: Measurement, settings: dict[str, Setting]) -> list[str]:
-    """Return throughput of inference and training, energy of inference, and memory of both."""
+def _measured_cells(measured: Measurement, settings: list[Setting]) -> list[str]:
+    """Return throughput of inference and training by run, energy of inference, and memory of both."""
 
-    def figure(mode: str, column: str) -> float | None:
-        return measured.number(settings[mode], column) if mode in settings else None
+    def figure(mode: str, column: str, runs: Sequence[str] = RUNS) -> float | None:
+        """Return the figure of the first of the runs that has one."""
+        chosen = [setting for run in runs for setting in settings if (setting.mode, setting.run) == (mode, run)]
+        return next(filter(None, (measured.number(setting, column) for setting in chosen)), None)
 
+    speeds = [_text(figure(mode, f"{mode}_samples_per_sec", [run]), 1) for mode in MODES for run in RUNS]
     joules = figure("infer", "joules_per_sample")
-    return [
-        _text(figure("infer", "infer_samples_per_sec"), 1),
-        _text(figure("train", "train_samples_per_sec"), 1),
-        _text(joules and 1e3 * joules, 1),
-        _text(figure("infer", "peak_memory_mib"), 0),
-        _text(figure("train", "peak_memory_mib"), 0),
-    ]
+    memory = [_text(figure(mode, "peak_memory_mib"), 0) for mode in MODES]
+    return [*speeds, _text(joules and 1e3 * joules, 1), *memory]
 
 
 def _table(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -> dict[str, Any]:
@@ -200,12 +199,12 @@ def _table(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -> 
 
 
 def _rows(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -> list[dict[str, Any]]:
-    by_model: dict[str, dict[str, Setting]] = {}
+    by_model: dict[str, list[Setting]] = {}
     for setting in planned.table:
-        by_model.setdefault(setting.model, {})[setting.mode] = setting
+        by_model.setdefault(setting.model, []).append(setting)
     rows = []
     for name, settings in by_model.items():
-        failed = any(measured.rows.get(setting, {}).get("error") for setting in settings.values())
+        failed = any(measured.rows.get(setting, {}).get("error") for setting in settings)
         try:
             cells = _cells(name, measured, settings, accuracy)
         except Exception:  # the same failure is listed by name; a model that cannot be built has no figures
@@ -219,7 +218,7 @@ def _failures(measured: Measurement) -> list[dict[str, str]]:
     return [
         {
             "model": setting.model,
-            "what": f"{setting.mode}, {setting.img_size} pixels, batch {setting.batch}",
+            "what": f"{setting.mode}, {setting.run}, {setting.img_size} pixels, batch {setting.batch}",
             "error": row["error"],
         }
         for setting, row in measured.rows.items()
@@ -238,11 +237,12 @@ def _new_figure() -> tuple[Figure, Any]:
 
 
 def _accuracy_figure(planned: Plan, measured: Measurement) -> Figure | None:
-    points = []
+    fastest: dict[str, float] = {}
     for setting in planned.table:
-        speed, top1 = measured.number(setting, "infer_samples_per_sec"), _top1(setting.model)
-        if setting.mode == "infer" and speed and top1 is not None:
-            points.append((setting.model, speed, top1))
+        if setting.mode == "infer":
+            speed = measured.number(setting, "infer_samples_per_sec") or 0.0
+            fastest[setting.model] = max(speed, fastest.get(setting.model, 0.0))
+    points = [(name, speed, _top1(name)) for name, speed in fastest.items() if speed and _top1(name) is not None]
     if not points:
         return None
     figure, axes = _new_figure()
@@ -326,11 +326,13 @@ def _svg(figure: Figure, name: str) -> str:
 
 
 def _figures(planned: Plan, measured: Measurement) -> list[dict[str, str]]:
+    run = _run_words(planned.table[-1].run)
     drawn = [
         ("accuracy", "Accuracy against throughput", _accuracy_figure(planned, measured),
-         "Published top-1 on ImageNet-1k against the throughput measured here; up and to the right is better."),
+         "Published top-1 on ImageNet-1k against the throughput measured here, of each model as it runs "
+         "fastest; up and to the right is better."),
         ("time", "Time against resolution", _sweep_figure(planned, measured, *_SWEEPS[0]),
-         "One image, forward. A scan's time grows in proportion to the pixels, attention's with their square."),
+         f"One image, forward{run}. A scan's time grows in proportion to the pixels, attention's with their square."),
         ("memory", "Memory against resolution", _sweep_figure(planned, measured, *_SWEEPS[1]),
          "One image, forward, with the parameters."),
     ]  # fmt: skip
@@ -341,8 +343,12 @@ def _figures(planned: Plan, measured: Measurement) -> list[dict[str, str]]:
     ]
 
 
+def _run_words(run: str) -> str:
+    return {"eager": "", "compile": ", compiled", "graph": ", in a CUDA graph"}[run]
+
+
 def _context(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -> dict[str, Any]:
-    first = planned.table[0]
+    first, run_of_plots = planned.table[0], _run_words(planned.table[-1].run)
     where = measured.environment
     sources = {row.get("memory_from") for row in measured.rows.values()} - {"", None}
     memory = "the allocator's peak" if sources == {"allocator"} else "counted from the tensors' shapes"
@@ -352,7 +358,7 @@ def _context(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -
         f"PyTorch {where.get('torch')}, commit {where.get('commit') or 'unknown'}.",
         "caption": "GFLOPs: 1 a multiply-accumulate, scans as 9BLDN + BLD; benchmarks/flops.md explains differences "
         f"from published figures. Images a second from the median step; memory is {memory}; energy is the whole "
-        "device's, for an image at inference. A training step is forward and backward.",
+        f"device's, for an image at inference{run_of_plots}. A training step is forward and backward.",
         **_table(planned, measured, accuracy),
         "failures": _failures(measured),
         "figures": _figures(planned, measured),

@@ -22,7 +22,12 @@ SecondsOption = Annotated[
 ]
 
 
-def _choices(text: str, known: Sequence[str], option: str) -> list[str]:
+def parse_choices(text: str, known: Sequence[str], option: str) -> list[str]:
+    """Return the words of a list such as ``eager,graph``.
+
+    Raises:
+        CommandError: One of them is not known.
+    """
     chosen = [word.strip() for word in text.split(",")]
     for word in chosen:
         if word not in known:
@@ -96,8 +101,9 @@ def bench(
 
     names = resolve_models([*models, *(PEERS if peers else ())])
     choices = (
-        names, _choices(mode, MODES, "--mode"), [parse_size(word) for word in size.split(",")],
-        _numbers(batch, "--batch"), _choices(run, RUNS, "--run"), _choices(precision, PRECISIONS, "--precision"),
+        names, parse_choices(mode, MODES, "--mode"), [parse_size(word) for word in size.split(",")],
+        _numbers(batch, "--batch"), parse_choices(run, RUNS, "--run"),
+        parse_choices(precision, PRECISIONS, "--precision"),
     )  # fmt: skip
     settings = [Setting(*choice, channels_last) for choice in itertools.product(*choices)]
     where = pick_device(device)

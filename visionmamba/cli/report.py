@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,12 +10,12 @@ import typer
 
 from ._arguments import parse_size, resolve_models
 from ._common import CommandError, check_folder, one_line, progress
-from .bench import RepeatsOption, SecondsOption, WarmupOption, pick_device
+from .bench import RepeatsOption, SecondsOption, WarmupOption, parse_choices, pick_device
 
 if TYPE_CHECKING:
     import torch
 
-    from visionmamba.analysis.bench import Timing
+    from visionmamba.analysis.bench import Results, Setting, Timing
     from visionmamba.analysis.report import Measurement, Plan
 
 _SIZES = "224,384,512,768,1024,1536,2048"
@@ -49,50 +48,67 @@ def report(
     accuracy: Annotated[
         Path | None, typer.Option(help="CSV table of our own top-1: timm's columns model and top1.")
     ] = None,
-    sweep_run: Annotated[str, typer.Option(help="How the plots' models run: eager, compile, graph.")] = "eager",
+    runs: Annotated[
+        str | None,
+        typer.Option(help="How models run: eager, compile, graph; the plots' as the last. eager,graph on NVIDIA GPUs."),
+    ] = None,
     warmup: WarmupOption = 5,
     repeats: RepeatsOption = 20,
     seconds: SecondsOption = 2.0,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Or show what is there already.")] = True,
     device: Annotated[str | None, typer.Option(help="Device; by default a GPU if there is one.")] = None,
 ) -> None:
     """Measure the zoo and write a report: a page that opens offline, and Markdown; an interrupted run is resumed."""
+    import torch
+
     from visionmamba.analysis.bench import PRECISIONS, RUNS, Timing
     from visionmamba.analysis.report import default_models, plan, sweep_models, write_report
 
     names = resolve_models(models) if models else default_models()
     resolutions = [parse_size(word, "--sizes") for word in sizes.split(",")]
     where = pick_device(device)
-    precision = precision or ("bf16" if where.type == "cuda" else "fp32")
-    _check_choice(precision, PRECISIONS, "--precision")
-    _check_choice(sweep_run, RUNS, "--sweep-run")
+    gpu = where.type == "cuda"
+    precision = precision or ("bf16" if gpu else "fp32")
+    if precision not in PRECISIONS:
+        raise CommandError(f"--precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    how = parse_choices(runs or ("eager,graph" if gpu and not torch.version.hip else "eager"), RUNS, "--runs")
     ours = _accuracy(accuracy)
     swept = resolve_models(sweep.split(",")) if sweep else sweep_models(names)
-    batch = batch or (128 if where.type == "cuda" else 1)
-    planned = plan(names, swept, resolutions, batch, training, precision, sweep_run=sweep_run)
-    measured = _measure(planned, out, where, Timing(warmup, repeats, seconds, energy_seconds=min(seconds, 1.0)))
+    planned = plan(names, swept, resolutions, batch or (128 if gpu else 1), training, precision, how)
+    timing = Timing(warmup, repeats, seconds, energy_seconds=min(seconds, 1.0))
+    measured = _measure(planned, out, where, timing) if measure else _read(planned, out)
     for path in write_report(out, planned, measured, ours)[:2]:
         typer.echo(f"report  {path}")
     if all(row["error"] for row in measured.rows.values()):
         raise typer.Exit(1)
 
 
-def _check_choice(word: str, known: Sequence[str], option: str) -> None:
-    if word not in known:
-        raise CommandError(f"{option}: expected one of {', '.join(known)}, got {word!r}")
+def _open(out: Path, device: torch.device | None) -> Results:
+    from visionmamba.analysis.bench import Results
+
+    try:
+        return Results(check_folder(out) / "measurements", device)
+    except ValueError as error:
+        raise CommandError(f"--out: {one_line(error)}") from error
+
+
+def _read(planned: Plan, out: Path) -> Measurement:
+    """Return what was measured before of what is planned."""
+    from visionmamba.analysis.report import Measurement
+
+    results = _open(out, None)
+    found = {setting: results.find(setting, failed=True) for setting in planned.table + planned.sweep}
+    return Measurement({setting: row for setting, row in found.items() if row}, results.environment)
 
 
 def _measure(planned: Plan, out: Path, device: torch.device, timing: Timing) -> Measurement:
-    """Measure what is planned; energy of the table's inference only."""
-    from visionmamba.analysis.bench import Results, Setting
+    """Measure what is planned; energy of the table's inference only, in the last of the runs."""
     from visionmamba.analysis.report import Measurement
 
-    try:
-        results = Results(check_folder(out) / "measurements", device)
-    except ValueError as error:
-        raise CommandError(f"--out: {one_line(error)}") from error
+    results = _open(out, device)
     measured = Measurement(environment=results.environment)
     with progress(transient=True) as bar:
-        settings = list(dict.fromkeys(planned.table + planned.sweep))
+        settings = list(dict.fromkeys(planned.sweep + planned.table))
         task = bar.add_task("measuring", total=len(settings))
 
         def notify(setting: Setting, row: dict[str, Any]) -> None:
@@ -102,6 +118,6 @@ def _measure(planned: Plan, out: Path, device: torch.device, timing: Timing) -> 
                 typer.echo(f"error: {setting.model} at {setting.img_size}: {row['error']}", err=True)
 
         for setting in settings:
-            energy = setting in planned.table and setting.mode == "infer"
+            energy = (setting.mode, setting.run) == ("infer", planned.table[-1].run) and setting in planned.table
             results.measure([setting], device, timing if energy else replace(timing, energy_seconds=0.0), notify)
     return measured

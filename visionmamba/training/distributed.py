@@ -68,7 +68,8 @@ def join_world(device: str | None = None) -> World:
         target = torch.device(target.type, int(os.environ["LOCAL_RANK"]))
         torch.accelerator.set_device_index(target.index)
     if not dist.is_initialized():
-        dist.init_process_group(dist.get_default_backend_for_device(target.type))
+        device_id = None if target.type == "cpu" else target
+        dist.init_process_group(dist.get_default_backend_for_device(target.type), device_id=device_id)
     return World(dist.get_rank(), dist.get_world_size(), target)
 
 
