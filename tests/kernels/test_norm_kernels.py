@@ -1,4 +1,4 @@
-"""The norm's CUDA kernels: run on the CPU by ``simt.h`` against float64, and compiled for every architecture."""
+"""The CUDA kernels of norms and activations: run on the CPU against float64, and compiled for every architecture."""
 
 import importlib
 import re
@@ -11,6 +11,7 @@ from test_compile import ARCHITECTURES
 from visionmamba.ops import cuda_runtime
 
 cuda_norm = importlib.import_module("visionmamba.ops._cuda_norm")
+gelu = importlib.import_module("visionmamba.ops.gelu_linear")
 plain = importlib.import_module("visionmamba.ops.channel_norm")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -79,3 +80,18 @@ def test_compiles_without_spills(channels, architecture):
     assert (
         log.count("0 bytes spill stores, 0 bytes spill loads") == len(re.findall("Compiling entry function", log)) == 2
     )
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("dtype", "count"), [(F32, 400), (F16, 37), (BF16, 1000)])
+def test_gelu_recomputed(dtype, count, monkeypatch):
+    monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: EmulatedLauncher())
+    x, dy = (3 * torch.randn(count)).to(dtype), torch.randn(count).to(dtype)
+    for actual, expected in zip(gelu.recompute_on_gpu(x, dy), gelu.recompute(x.double(), dy.double()), strict=True):
+        assert relative(actual, expected) <= (2e-7 if dtype == F32 else torch.finfo(dtype).eps / 4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_activation_compiles_without_spills(architecture):
+    log = cuda_runtime.compile_log("activation.cu", gelu.macros(BF16, 4), architecture)
+    assert "0 bytes spill stores, 0 bytes spill loads" in log

@@ -12,6 +12,7 @@ from .class_token import (
 from .feature_pyramid import SimpleFeaturePyramid
 from .gated_mixer import GatedMixer
 from .local_scan import LOCAL_DIRECTIONS, LocalScan, chosen_directions, search_weights
+from .mlp import Mlp
 from .norm import LayerNorm, before_linear
 from .output_norms import OutputNorms
 from .patch import ChannelsLastConv2d, ConvDownsample, ConvPatchEmbed, DepthwiseConv2d
@@ -38,6 +39,7 @@ __all__ = [
     "GatedMixer",
     "LayerNorm",
     "LocalScan",
+    "Mlp",
     "MultiHeadSSM",
     "OutputNorms",
     "ResidualBlock",

@@ -10,18 +10,12 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import is_exporting, register_notrace_function
+from timm.layers import register_notrace_function
 
 from ..ops.channel_norm import channel_norm
+from .fusion import fuses, unwatched
 
-__all__ = ["LayerNorm", "before_linear"]
-
-
-def _fuses(x: torch.Tensor) -> bool:
-    """Whether the operator runs in place of PyTorch's."""
-    if x.device.type != "cuda" or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting():
-        return False
-    return x.dim() > 1
+__all__ = ["LayerNorm", "add_norm", "before_linear", "joins"]
 
 
 def _narrowed(dtype: torch.dtype, narrow: bool) -> torch.dtype:
@@ -45,7 +39,7 @@ def layer_norm(
     """
     if not torch.jit.is_scripting():
         autocast = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
-        if _fuses(x) and (autocast or x.dtype == weight.dtype):
+        if fuses(x, compiled=False) and (autocast or x.dtype == weight.dtype):
             dtype = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
             return channel_norm(x, weight, bias, eps, dtype=_narrowed(dtype, narrow))[0]
     return F.layer_norm(x, [x.shape[-1]], weight, bias, eps)
@@ -54,7 +48,7 @@ def layer_norm(
 @torch.fx.wrap
 @register_notrace_function
 def stream_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, rms: bool, narrow: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float | None, rms: bool, narrow: bool
 ) -> torch.Tensor:
     """Normalise a residual stream ``(..., C)``; returns the weight's dtype.
 
@@ -62,14 +56,17 @@ def stream_norm(
         x: Rows.
         weight: ``(C,)``.
         bias: ``(C,)``.
-        eps: Added to the variance (mean square).
+        eps: Added to the variance (mean square); the precision of ``x`` if absent.
         rms: By the mean square alone.
         narrow: Under autocast, return its dtype.
     """
-    if not torch.jit.is_scripting() and _fuses(x):
-        return channel_norm(x, weight, bias, eps, rms, dtype=_narrowed(weight.dtype, narrow))[0]
+    if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what hangs on this alone)
+        if fuses(x, compiled=False):
+            eps = torch.finfo(x.dtype).eps if eps is None else eps
+            return channel_norm(x, weight, bias, eps, rms, dtype=_narrowed(weight.dtype, narrow))[0]
     if rms:
         return F.rms_norm(x, [x.shape[-1]], weight.to(x.dtype), eps).to(weight.dtype)
+    assert eps is not None
     wide_bias = None if bias is None else bias.to(x.dtype)
     return F.layer_norm(x, [x.shape[-1]], weight.to(x.dtype), wide_bias, eps).to(weight.dtype)
 
@@ -98,3 +95,22 @@ def before_linear(norm: nn.Module) -> nn.Module:
     if hasattr(norm, "narrow"):
         norm.narrow = True
     return norm
+
+
+def joins(x: torch.Tensor, added: torch.Tensor, norm: nn.Module) -> bool:
+    """Whether :func:`add_norm` runs for an addition to a stream and the norm after it."""
+    if type(norm) is not LayerNorm or not unwatched(norm) or not fuses(x, compiled=False):
+        return False
+    return x.shape == added.shape and x.dtype == torch.promote_types(x.dtype, added.dtype)
+
+
+def add_norm(x: torch.Tensor, added: torch.Tensor, norm: LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``x + added`` and its norm, from one kernel.
+
+    Args:
+        x: Residual stream, ``(..., C)``.
+        added: What a block adds to it.
+        norm: The norm.
+    """
+    out, total = channel_norm(x, norm.weight, norm.bias, norm.eps, added=added, dtype=_narrowed(x.dtype, norm.narrow))
+    return total, out

@@ -21,6 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..ops import causal_conv1d, selective_scan
+from ..ops.ssm import selective_ssm
+from .fusion import fuses
 
 __all__ = ["SelectiveSSM", "init_dt_bias_", "init_s4d_real_"]
 
@@ -131,6 +133,16 @@ class SelectiveSSM(nn.Module):
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return dt, B, C
 
+    @torch.jit.unused
+    def _fused(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
+        """Do what :meth:`forward` does in one operator."""
+        parameters = (
+            self.conv_weight, self.conv_bias, self.x_proj_weight, -torch.exp(self.A_log.float()), self.D,
+            self.dt_proj_bias, self.dt_proj_weight,
+        )  # fmt: skip
+        parameters = [None if parameter is None else self.each(parameter) for parameter in parameters]
+        return selective_ssm(x, z, *parameters, self.path, grid, self.merge)
+
     def forward(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
         """Scan tokens in raster order.
 
@@ -142,6 +154,9 @@ class SelectiveSSM(nn.Module):
         Returns:
             ``(B, L, D)``, or ``(B, L, K, D)`` without ``merge``.
         """
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what hangs on this alone)
+            if fuses(x):
+                return self._fused(x, z, grid)
         if self.conv_weight is not None:
             bias = None if self.conv_bias is None else self.each(self.conv_bias)
             x, _ = causal_conv1d(x, self.each(self.conv_weight), bias, path=self.path, grid=grid)

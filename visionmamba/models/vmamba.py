@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, GluMlp, Mlp, get_act_layer, to_2tuple, trunc_normal_
+from timm.layers import DropPath, GluMlp, get_act_layer, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 
-from ..layers import CROSS_SCAN, SS2D, ConvDownsample, ConvPatchEmbed, LayerNorm, before_linear, check_choice
+from ..layers import CROSS_SCAN, SS2D, ConvDownsample, ConvPatchEmbed, LayerNorm, Mlp, before_linear, check_choice
 from ..layers.grid_embed import resize_grid_embed
+from ..layers.norm import add_norm, joins
 from ._builder import build_model
 from ._hierarchical import DisjointPatchEmbed, HierarchicalModel
 from ._vmamba_official import checkpoint_filter_fn, official_arguments, official_state_dict
@@ -74,10 +75,15 @@ class VMambaBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Transform ``(B, H, W, C)``."""
-        x = x + self.drop_path1(self.mixer(self.norm1(x)))
-        if self.has_mlp:
-            x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x
+        mixed = self.drop_path1(self.mixer(self.norm1(x)))
+        if not self.has_mlp:
+            return x + mixed
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what hangs on this alone)
+            if joins(x, mixed, self.norm2):
+                x, normed = add_norm(x, mixed, self.norm2)
+                return x + self.drop_path2(self.mlp(normed))
+        x = x + mixed
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
 torch.fx.wrap("resize_grid_embed")  # FX looks for leaf functions where forward is defined, and that is the base's

@@ -1,0 +1,89 @@
+"""Norms on GPUs and what they are joined with: the same results as PyTorch's separate operators."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from visionmamba.layers import LayerNorm, StreamLayerNorm, StreamRMSNorm, before_linear, norm
+from visionmamba.layers.fusion import fuses, unwatched
+from visionmamba.layers.norm import add_norm, joins
+from visionmamba.ops.channel_norm import channel_norm
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    monkeypatch.setattr(norm, "fuses", lambda _x, compiled: True)
+
+
+def test_a_cpu_runs_the_separate_operators():
+    assert not fuses(torch.ones(2, 3))
+    assert not joins(torch.ones(2, 3), torch.ones(2, 3), LayerNorm(3))
+
+
+@pytest.mark.parametrize("create", [LayerNorm, StreamLayerNorm, StreamRMSNorm])
+def test_a_norm_is_pytorchs(create, fused):
+    torch.manual_seed(0)
+    layer = create(12, eps=1e-6)
+    nn.init.normal_(layer.weight)
+    x, dy = torch.randn(2, 5, 12, requires_grad=True), torch.randn(2, 5, 12)
+    if create is StreamRMSNorm:
+        expected = F.rms_norm(x, (12,), layer.weight, 1e-6)
+    else:
+        expected = F.layer_norm(x, (12,), layer.weight, layer.bias, 1e-6)
+    found = layer(x)
+    leaves = (x, *layer.parameters())
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves, dy), torch.autograd.grad(expected, leaves, dy))
+
+
+def test_a_narrow_stream_keeps_its_parameters_dtype(fused):
+    layer = before_linear(StreamRMSNorm(12, dtype=torch.bfloat16))
+    assert layer.narrow
+    assert layer(torch.randn(3, 12)).dtype == torch.bfloat16
+    assert before_linear(nn.Identity()).__class__ is nn.Identity
+
+
+def test_sum_and_norm_together(fused):
+    torch.manual_seed(0)
+    layer, x, added = LayerNorm(12), torch.randn(2, 5, 12), torch.randn(2, 5, 12).bfloat16()
+    assert joins(x, added, layer)
+    assert not joins(added, x, layer)  # the sum would be wider than the stream
+    assert not joins(x, added, nn.LayerNorm(12))
+    total, out = add_norm(x, added, layer)
+    torch.testing.assert_close(total, x + added)
+    torch.testing.assert_close(out, layer(x + added))
+    layer.register_forward_hook(lambda *_: None)
+    assert not unwatched(layer)
+    assert not joins(x, added, layer)
+
+
+def test_gradients_of_the_sum():
+    torch.manual_seed(0)
+    x, added = (torch.randn(3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for rms in (True, False):
+        assert torch.autograd.gradcheck(
+            lambda *t: channel_norm(t[0], t[2], t[3], 1e-5, rms, t[1], 0.5),  # noqa: B023
+            (x, added, weight, bias),
+        )
+        assert torch.autograd.gradcheck(lambda *t: channel_norm(*t, 1e-5, rms)[0], (x, weight, bias))  # noqa: B023
+
+
+def test_dispatcher_behaviour():
+    x, added = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8).bfloat16().requires_grad_()
+    weight, bias = torch.randn(2, 8).unbind()
+    arguments = (x, added, weight, bias, 1e-5, False, 0.5, torch.bfloat16)
+    torch.library.opcheck(torch.ops.visionmamba.channel_norm.default, arguments)
+    arguments = (x, None, weight, None, 1e-5, True, 1.0, torch.float32)
+    torch.library.opcheck(torch.ops.visionmamba.channel_norm.default, arguments)
+
+
+def test_bad_input_is_named():
+    x, weight = torch.ones(2, 4), torch.ones(4)
+    with pytest.raises(ValueError, match=r"weight: expected shape \(4,\), got \(3,\)"):
+        channel_norm(x, torch.ones(3))
+    with pytest.raises(ValueError, match=r"added: expected shape \(2, 4\), got \(4,\)"):
+        channel_norm(x, weight, added=torch.ones(4))
+    with pytest.raises(TypeError, match="x: expected dtype"):
+        channel_norm(x.int(), weight)

@@ -1,0 +1,43 @@
+"""The MLP of a block: timm's, with less to keep for the backward pass on GPUs."""
+
+from __future__ import annotations
+
+import timm.layers
+import torch
+import torch.nn as nn
+
+from ..ops.gelu_linear import gelu_linear
+from .fusion import fuses, unwatched
+
+__all__ = ["Mlp"]
+
+
+class Mlp(timm.layers.Mlp):
+    """``fc2(act(fc1(x)))``; arguments are ``timm.layers.Mlp``'s.
+
+    While gradients are wanted, an exact GELU and the second layer are one operator where it runs: see
+    :func:`visionmamba.ops.gelu_linear.gelu_linear`.
+    """
+
+    @torch.jit.unused
+    def _joins(self, x: torch.Tensor) -> bool:
+        """Whether the activation and the second layer are one operator."""
+        if not torch.is_grad_enabled() or type(self.fc2) is not nn.Linear or type(self.act) is not nn.GELU:
+            return False
+        if self.act.approximate != "none" or not isinstance(self.norm, nn.Identity):
+            return False
+        dropped = self.training and self.drop1.p > 0
+        return not dropped and unwatched(self.act, self.drop1, self.norm, self.fc2) and fuses(x, compiled=False)
+
+    @torch.jit.unused
+    def _joined(self, x: torch.Tensor) -> torch.Tensor:
+        return gelu_linear(x, self.fc2.weight, self.fc2.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform ``(..., C)``."""
+        x = self.fc1(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what hangs on this alone)
+            if self._joins(x):
+                return self.drop2(self._joined(x))
+        x = self.norm(self.drop1(self.act(x)))
+        return self.drop2(self.fc2(x))

@@ -1,0 +1,167 @@
+"""Convolution, projections and scan of a selective state space model as one operator that keeps little for backward.
+
+``visionmamba::ssm`` calls the operators that it is made of. Its backward pass computes the convolution's output anew,
+which saves K activations of the layer's width, and adds the projections' gradient to the scan's inside their product.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from ._autocast import autocast_activations
+from ._block_products import block_diagonal, diagonal_blocks, weight_gradient
+from .causal_conv1d import causal_conv1d
+from .selective_scan import selective_scan
+
+__all__ = ["selective_ssm"]
+
+_SCHEMA = (
+    "Tensor x, Tensor? z, Tensor? conv_weight, Tensor? conv_bias, Tensor x_proj_weight, Tensor A, Tensor? D, "
+    "Tensor dt_bias, Tensor dt_weight, str path, SymInt[] grid, bool merge"
+)
+_TENSORS = 9
+
+
+def _projection(weight: Tensor, u: Tensor) -> Tensor:
+    """Return the weight ``(K, C, D)`` as a matrix for the tokens' rows of ``(B, L, D)`` or ``(B, L, K, D)``."""
+    weight = weight.to(u.dtype)
+    return weight.flatten(0, 1) if u.dim() == 3 else block_diagonal(weight)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0] * x.shape[1], -1)
+
+
+def _scan_input(x, conv_weight, conv_bias, path, grid):
+    return x if conv_weight is None else causal_conv1d(x, conv_weight, conv_bias, path=path, grid=grid)[0]
+
+
+def _split(projected: Tensor, A: Tensor, dt_weight: Tensor) -> tuple[Tensor, ...]:
+    return projected.split([dt_weight.shape[2], A.shape[2], A.shape[2]], dim=-1)
+
+
+@torch.library.custom_op("visionmamba::ssm", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
+def _ssm(x, z, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge):
+    u = _scan_input(x, conv_weight, conv_bias, path, grid)
+    projected = _rows(u) @ _projection(x_proj_weight, u).t()
+    projected = projected.view(*x.shape[:2], *x_proj_weight.shape[:2])
+    dt, B, C = _split(projected, A, dt_weight)
+    y, _ = selective_scan(u, dt, A, B, C, D, z, dt_bias, dt_weight, path=path, grid=grid, merge=merge)
+    return y, projected
+
+
+@_ssm.register_fake
+def _(x, z, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge):
+    directions, width, channels = x_proj_weight.shape
+    middle = () if merge else (directions,)
+    return x.new_empty((*x.shape[:2], *middle, channels)), x.new_empty((*x.shape[:2], directions, width))
+
+
+@torch.library.custom_op(
+    "visionmamba::ssm_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor projected, {_SCHEMA}) -> ({', '.join(['Tensor'] * _TENSORS)})",
+)
+def _ssm_backward(
+    dy, projected, x, z, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge
+):
+    u = _scan_input(x, conv_weight, conv_bias, path, grid)
+    dt, B, C = _split(projected, A, dt_weight)
+    du, ddt, dA, dB, dC, dD, dz, ddt_bias, ddt_weight, _ = torch.ops.visionmamba.selective_scan_backward(
+        dy, None, u, dt, A, B, C, D, z, dt_bias, dt_weight, None, path, grid, True, merge, False
+    )
+    dprojected = _rows(torch.cat([ddt, dB, dC], dim=-1))
+    _rows(du).addmm_(dprojected, _projection(x_proj_weight, u))
+    dx_proj = weight_gradient(dprojected, _rows(u))
+    dx_proj = dx_proj.view(x_proj_weight.shape) if u.dim() == 3 else diagonal_blocks(dx_proj, *x_proj_weight.shape)
+    dconv_weight, dconv_bias = x.new_empty(0), x.new_empty(0)
+    if conv_weight is not None:
+        du, dconv_weight, dconv_bias, _ = torch.ops.visionmamba.causal_conv1d_backward(
+            du, None, x, conv_weight, conv_bias, None, None, path, grid, True
+        )
+    dx_proj = dx_proj.to(x_proj_weight.dtype).contiguous()
+    return du, dz, dconv_weight, dconv_bias, dx_proj, dA, dD, ddt_bias, ddt_weight
+
+
+@_ssm_backward.register_fake
+def _(dy, projected, *arguments):
+    x = arguments[0]
+    # An absent input's gradient is an empty tensor: an op's outputs cannot be None.
+    return tuple(
+        x.new_empty(0) if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        for tensor in arguments[:_TENSORS]
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *inputs[:_TENSORS])
+    ctx.options = inputs[_TENSORS:]
+
+
+def _autograd(ctx, dy, _):
+    projected, *tensors = ctx.saved_tensors
+    gradients = torch.ops.visionmamba.ssm_backward(dy, projected, *tensors, *ctx.options)
+    present = [None if tensor is None else gradient for gradient, tensor in zip(gradients, tensors, strict=True)]
+    return (*present, *[None] * len(ctx.options))
+
+
+_ssm.register_autograd(_autograd, setup_context=_setup_context)
+autocast_activations("ssm", [0, 1])
+autocast_activations("ssm_backward")
+
+
+@register_flop_formula(torch.ops.visionmamba.ssm)
+def _flops(x, z, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, *_args, **_kwargs) -> int:
+    scan = flop_registry[torch.ops.visionmamba.selective_scan]
+    low_rank = (*x[:2], A[0], dt_weight[2])
+    count = 2 * prod(x[:2]) * prod(x_proj_weight) + (0 if conv_weight is None else 2 * prod(x[:2]) * prod(conv_weight))
+    return count + scan(x, low_rank, A, None, None, D, z, dt_bias, dt_weight, None, path, grid, out_val=None)
+
+
+@register_flop_formula(torch.ops.visionmamba.ssm_backward)
+def _flops_backward(dy, projected, *args, **kwargs) -> int:
+    return 2 * _flops(*args)
+
+
+def selective_ssm(
+    x: Tensor,
+    z: Tensor | None,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor,
+    dt_weight: Tensor,
+    path: str,
+    grid: list[int],
+    merge: bool = True,
+) -> Tensor:
+    """Convolve along each direction, project, and scan: see :class:`visionmamba.layers.SelectiveSSM`.
+
+    Args:
+        x: Tokens, ``(B, L, D)``.
+        z: Gate, ``(B, L, D)``.
+        conv_weight: Filters of the causal convolution, ``(K, D, W)``; None for no convolution.
+        conv_bias: ``(K, D)``.
+        x_proj_weight: ``(K, R + 2 N, D)``; cast to the dtype of ``x``.
+        A: ``(K, D, N)``.
+        D: ``(K, D)``.
+        dt_bias: ``(K, D)``.
+        dt_weight: ``(K, D, R)``.
+        path: Scan path.
+        grid: Its grid.
+        merge: Sum the directions' outputs.
+
+    Returns:
+        ``(B, L, D)`` with ``merge`` else ``(B, L, K, D)``.
+    """
+    return torch.ops.visionmamba.ssm(
+        x, z, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge
+    )[0]
