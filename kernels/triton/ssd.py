@@ -59,9 +59,9 @@ def _rows_of(ptr, token, stride, columns, valid, width):
 
 @triton.jit
 def _decays(log_decay, segment_ptr, rows, start, steps, Q: tl.constexpr, PACKED: tl.constexpr):
-    """Decays into, out of and through a chunk, the running log-decay, and the sequence of each step."""
-    total = tl.cumsum(log_decay, axis=0)
-    entry = tl.exp(total)
+    """Decays into, out of and through a chunk, the running log-decay (float64), and the sequence of each step."""
+    total = tl.cumsum(log_decay.to(tl.float64), axis=0)
+    entry = tl.exp(total.to(tl.float32))
     leaving = tl.exp(tl.cumsum(log_decay, axis=0, reverse=True) - log_decay)
     through = tl.exp(tl.sum(log_decay, axis=0))
     sequence = tl.zeros([Q], tl.int32)
@@ -77,13 +77,21 @@ def _decays(log_decay, segment_ptr, rows, start, steps, Q: tl.constexpr, PACKED:
 
 
 @triton.jit
-def _decay_matrix(total, sequence, Q: tl.constexpr, PACKED: tl.constexpr):
-    """exp(s_i - s_j) for i >= j within a sequence, else 0."""
+def _decay_matrix(total, sequence, Q: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):
+    """exp(s_i - s_j) for i >= j within a sequence, else 0.
+
+    Differences of neighbours in a long running sum lose digits: float32 inputs take the sum as two float32 numbers.
+    """
     offsets = tl.arange(0, Q)
     seen = offsets[:, None] >= offsets[None, :]
     if PACKED:
         seen = seen & (sequence[:, None] == sequence[None, :])
-    return tl.exp(tl.where(seen, total[:, None] - total[None, :], float("-inf")))
+    high = total.to(tl.float32)
+    difference = high[:, None] - high[None, :]
+    if PRECISION == "ieee":
+        low = (total - high).to(tl.float32)
+        difference += low[:, None] - low[None, :]
+    return tl.exp(tl.where(seen, difference, float("-inf")))
 
 
 @triton.jit
@@ -131,7 +139,7 @@ def ssd_forward(
         B = _rows_of(B_ptr, token, B_l, n, valid, N)
         C = _rows_of(C_ptr, token, C_l, n, valid, N)
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
-        weights = scores * _decay_matrix(total, sequence, Q, PACKED) * step[None, :]
+        weights = scores * _decay_matrix(total, sequence, Q, PACKED, PRECISION) * step[None, :]
         y = tl.dot(weights.to(x.dtype), x, input_precision=PRECISION)
         y += entry[:, None] * tl.dot(C, tl.trans(state).to(C.dtype), input_precision=PRECISION)
         weighted = x.to(tl.float32) * (leaving * step)[:, None]
@@ -219,14 +227,15 @@ def ssd_pass(
     state = tl.zeros([BLOCK], tl.float32)
     if FIRST:
         state = tl.load(first_ptr + row * size + offsets, mask=mask, other=0.0)
-    for c in range(0, segments):
+    for c in tl.range(0, segments, num_stages=4):  # loads run ahead of the sum
         part = c
         if REVERSE:
             part = segments - 1 - c
         place = state_ptr + (row * segments + part) * size + offsets
         added = tl.load(place, mask=mask, other=0.0)
+        through = tl.load(through_ptr + row * segments + part)
         tl.store(place, state, mask=mask)
-        state = tl.load(through_ptr + row * segments + part) * state + added
+        state = through * state + added
     tl.store(last_ptr + row * size + offsets, state, mask=mask)
 
 
@@ -267,7 +276,7 @@ def ssd_gradients(
     C = _rows_of(C_ptr + b * C_b + k * C_k + g * C_g, token, C_l, n, valid, N)
 
     # Within the chunk
-    weights = tl.dot(C, tl.trans(B), input_precision=PRECISION) * _decay_matrix(total, sequence, Q, PACKED)
+    weights = tl.dot(C, tl.trans(B), input_precision=PRECISION) * _decay_matrix(total, sequence, Q, PACKED, PRECISION)
     by_step = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * weights
     dstep = tl.sum(by_step, axis=0)
     weights *= step[None, :]
@@ -354,7 +363,7 @@ def ssd_shared_gradients(
             )
             x = _rows_of(x_ptr + b * x_b + k * x_k + h * x_h, token, x_l, p, valid, P)
             dy = _rows_of(dy_ptr + b * dy_b + k * dy_k + h * dy_h, token, dy_l, p, valid, P)
-            decay = _decay_matrix(total, sequence, Q, PACKED) * step[None, :]
+            decay = _decay_matrix(total, sequence, Q, PACKED, PRECISION) * step[None, :]
             dscores += tl.dot(dy, tl.trans(x), input_precision=PRECISION) * decay
             state_base = ((b * directions * heads + kh) * chunks + chunk) * P * N
             before = tl.load(before_ptr + state_base + state_offsets, mask=state_mask, other=0.0).to(x.dtype)

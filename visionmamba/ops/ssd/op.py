@@ -214,7 +214,8 @@ def ssd_scan(
         dt_softplus: Apply softplus to ``dt + dt_bias``.
         dt_limit: The step sizes are clamped to this range afterwards, with or without softplus.
         merge: Sum the outputs of the directions (in float32).
-        chunk_size: Most steps that are computed as one matrix product; the result does not depend on it.
+        chunk_size: Most steps that plain PyTorch computes as one matrix product; kernels choose for themselves. The
+            result does not depend on it.
 
     Returns:
         The output, ``(B, L, H, P)`` with ``merge`` else ``(B, L, K, H, P)``, in the dtype of ``x``; and the state

@@ -104,7 +104,10 @@ class _SSD:
         valid = self.heads_first(visited.expand(self.batch, -1, -1, self.heads))
         step = raw.clamp(*self.dt_limit) * valid
         log_decay = step * self.A.unsqueeze(-1)
-        total = torch.cumsum(log_decay, dim=-1)
+        # Differences of neighbours in a long running sum lose digits: keep the sum as two numbers
+        exact = torch.cumsum(log_decay, dim=-1, dtype=torch.float64)
+        total = exact.to(self.dtype)
+        low = (exact - total).to(self.dtype)
         # Suffix sums, not total[-1] - total: the last steps weigh most, and keep their precision
         remaining = F.pad(log_decay[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
         length = order.shape[1]
@@ -118,7 +121,8 @@ class _SSD:
             entry = entry * self._per_group(segment == before.unsqueeze(-1))
             leaving = leaving * self._per_group(segment == last.unsqueeze(-1))
             through = through * self._per_group(last == before)
-        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill_(~causal, float("-inf")).exp_()
+        difference = (total.unsqueeze(-1) - total.unsqueeze(-2)) + (low.unsqueeze(-1) - low.unsqueeze(-2))
+        decay = difference.masked_fill_(~causal, float("-inf")).exp_()
         x = self.heads_first(self._rows(self.x, token, (self.heads, self.head_dim))) * valid.unsqueeze(-1)
         B, C = self.grouped(self.B, token), self.grouped(self.C, token)
         return _Chunk(token, visited, x, pre, inside & valid, step, decay, entry, leaving, through, B, C)

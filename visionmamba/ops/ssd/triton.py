@@ -19,32 +19,34 @@ _ENOUGH_PROGRAMS = 256
 _SPLIT_PROGRAMS = 1024
 """Programs of the gradient kernel from which on one of them takes all heads of a group."""
 
-_STAGES = 2
-"""Iterations of the walk that are in flight."""
-_FLOAT32_PRODUCTS = "ieee"
-"""How float32 matrices are multiplied: to the full precision."""
-
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Block sizes of a call: Q steps a chunk, channels and states padded to what matrix units take."""
+class _Tiling:
+    """Q steps a chunk; channels and states of a block, padded to what matrix units take; warps of a program."""
 
     chunk: int
     block_p: int
     block_n: int
     warps: int
+    shared_warps: int  # of the kernel that sums over heads
 
 
-def _sizes(x: Tensor, B: Tensor, num_steps: int, chunk_size: int, backward: bool) -> _Sizes:
+def _tiling(x: Tensor, B: Tensor, num_steps: int, backward: bool) -> _Tiling:
+    """Choose block sizes: measured on an H200 for bf16; float32 products take more registers."""
     block_p, block_n = (max(16, power_of_two(size)) for size in (x.shape[-1], B.shape[-1]))
     if not backward:  # channels are independent there
         block_p = min(block_p, 64 if block_n <= 128 else 32)
-    chunk = min(64, max(16, power_of_two(min(chunk_size, num_steps))))
-    if x.dtype == torch.float32:  # products of float32 take more registers
-        return _Sizes(min(chunk, 32 if block_p * block_n <= 64 * 64 else 16), block_p, block_n, 8)
-    if block_p * block_n > 64 * 128:
-        chunk = min(chunk, 32)
-    return _Sizes(chunk, block_p, block_n, 8 if block_p * block_n >= 64 * 64 else 4)
+    size = block_p * block_n
+    wide = x.dtype == torch.float32
+    if wide:
+        longest = 32 if size <= 64 * 64 else 16
+    elif backward or block_n > 64:
+        longest = 64 if size <= 64 * 128 else 32
+    else:
+        longest = 128
+    chunk = min(longest, max(16, power_of_two(num_steps)))
+    warps = 8 if wide or size > 64 * 128 else 4
+    return _Tiling(chunk, block_p, block_n, warps, 8 if wide or size > 64 * 64 else 4)
 
 
 def _supports(
@@ -52,7 +54,8 @@ def _supports(
 ) -> str | None:
     if x.dtype == torch.float64:
         return "float64"
-    if max(16, power_of_two(x.shape[-1])) * max(16, power_of_two(B.shape[-1])) > 128 * 256:
+    largest = 128 * 128 if x.dtype == torch.float32 else 128 * 256
+    if max(16, power_of_two(x.shape[-1])) * max(16, power_of_two(B.shape[-1])) > largest:
         return f"a state of {x.shape[-1]} x {B.shape[-1]} a head does not fit into registers"
     if x.numel() == 0:
         return "no tokens"
@@ -75,7 +78,7 @@ def _last_contiguous(tensor: Tensor | None) -> Tensor | None:
 class _Call:
     """The arguments of one call as the kernels take them."""
 
-    def __init__(self, x, dt, A, B, C, D, dt_bias, seq_idx, path, grid, softplus, dt_min, dt_max, chunk_size, backward):
+    def __init__(self, x, dt, A, B, C, D, dt_bias, seq_idx, path, grid, softplus, dt_min, dt_max, backward):
         self.x, self.B, self.C = (_last_contiguous(tensor) for tensor in (x, B, C))
         if self.C.dtype != self.B.dtype:
             self.C = self.C.to(self.B.dtype)
@@ -94,15 +97,15 @@ class _Call:
         table = scan_path(path, tuple(grid)).order
         self.complete = table.shape[1] == self.num_tokens and int(table.min()) >= 0
         self.segment = None if seq_idx is None else self._segments(seq_idx)
-        self.sizes = _sizes(self.x, self.B, self.num_steps, chunk_size, backward)
-        self.chunks = -(-self.num_steps // self.sizes.chunk)
+        self.tiling = _tiling(self.x, self.B, self.num_steps, backward)
+        self.chunks = -(-self.num_steps // self.tiling.chunk)
         self.rows = self.batch * self.directions * self.heads
         self.limits = (float(dt_min), float(dt_max))
-        self.precision = _FLOAT32_PRODUCTS if self.x.dtype == torch.float32 else "tf32"
+        self.precision = "ieee" if self.x.dtype == torch.float32 else "tf32"
         self.options = {
-            "Q": self.sizes.chunk, "BLOCK_P": self.sizes.block_p, "BLOCK_N": self.sizes.block_n,
+            "Q": self.tiling.chunk, "BLOCK_P": self.tiling.block_p, "BLOCK_N": self.tiling.block_n,
             "BIAS": dt_bias is not None, "PACKED": seq_idx is not None, "SOFTPLUS": softplus,
-            "PRECISION": self.precision, "num_warps": self.sizes.warps, "num_stages": _STAGES,
+            "PRECISION": self.precision, "num_warps": self.tiling.warps, "num_stages": 2,
         }  # fmt: skip
 
     def _segments(self, seq_idx: Tensor) -> Tensor:
@@ -121,7 +124,7 @@ class _Call:
 
     @property
     def blocks_p(self) -> int:
-        return -(-self.head_dim // self.sizes.block_p)
+        return -(-self.head_dim // self.tiling.block_p)
 
     def x_strides(self) -> tuple[int, int, int, int]:
         return _strides(self.x, self.x.dim() == 5)
@@ -151,10 +154,10 @@ class _Call:
 
         size = self.head_dim * self.states
         last = self.new(self.rows, self.head_dim, self.states)
-        block = min(1024, power_of_two(size))
+        block = min(256, power_of_two(size))
         ssd_pass[self.rows, -(-size // block)](
             state, through, self.or_any(first), last, state.shape[1], size,
-            BLOCK=block, FIRST=first is not None, REVERSE=reverse,
+            BLOCK=block, FIRST=first is not None, REVERSE=reverse, num_warps=2,
         )  # fmt: skip
         return last
 
@@ -208,7 +211,7 @@ def forward(
     x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, path, grid, softplus, dt_min, dt_max, merge, chunk_size
 ):
     """Compute the op ``visionmamba::ssd``; see :func:`visionmamba.ops.ssd_scan`."""
-    call = _Call(x, dt, A, B, C, D, dt_bias, seq_idx, path, grid, softplus, dt_min, dt_max, chunk_size, backward=False)
+    call = _Call(x, dt, A, B, C, D, dt_bias, seq_idx, path, grid, softplus, dt_min, dt_max, backward=False)
     y, final = _run(call, D, z, initial_states, merge)
     return y.to(x.dtype), final
 
@@ -231,7 +234,7 @@ def backward(
     """Compute the gradients of :func:`forward`'s nine floating-point tensors; None for absent ones."""
     from visionmamba.kernels.triton.ssd import ssd_gradients, ssd_shared_gradients
 
-    options = (path, grid, softplus, dt_min, dt_max, chunk_size)
+    options = (path, grid, softplus, dt_min, dt_max)
     dz = None
     if z is not None:
         dy, dz = _ungated_gradient(dy, z, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, options, merge)
@@ -275,7 +278,8 @@ def backward(
     ssd_shared_gradients[batch * directions * call.groups * splits, call.chunks](
         *inputs, bias, call.order, segment, before, after, dB, dC,
         call.num_steps, tokens, directions, heads, call.groups, call.ratio, per_program, splits, call.chunks,
-        *strides, *call.limits, call.head_dim, call.states, **call.options,
+        *strides, *call.limits, call.head_dim, call.states,
+        **call.options | {"num_warps": call.tiling.shared_warps},
     )  # fmt: skip
     if dD is not None:
         dD = dD.sum((0, 3))
