@@ -52,9 +52,16 @@ def test_state_memory_is_constant_in_length(kind):
 def test_captured_steps_train_as_plain_ones(layer):
     """Two lengths: the second is captured with the optimizer's state of the first."""
     run = TrainingRun(
-        layer=layer, options={"length": 24, "num_tokens": 4}, curriculum=(8,), advance_at=0.0, d_model=32, batch=8,
-        steps=12, eval_every=6, ssm_cfg={"headdim": 16, "d_state": 16} if layer == "Mamba2" else {},
-    )  # fmt: skip
+        layer=layer,
+        options={"length": 24, "num_tokens": 4},
+        curriculum=({"length": 8},),
+        advance_at=0.0,
+        d_model=32,
+        batch=8,
+        steps=12,
+        eval_every=6,
+        ssm_cfg={"headdim": 16, "d_state": 16} if layer == "Mamba2" else {},
+    )
     plain, captured = Trainer(run, "cuda"), Trainer(run, "cuda", graph=True)
     for _ in range(2):
         expected, entry = plain.advance(), captured.advance()

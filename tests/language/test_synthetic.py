@@ -97,11 +97,17 @@ def test_learning_rate_rises_stays_and_falls():
     assert rates[-1] == pytest.approx(0.1) and rates[90] == pytest.approx(1.0)
 
 
-def test_curriculum_takes_the_next_length_once_one_is_learnt():
+def test_curriculum_takes_the_next_stage_once_one_is_learnt():
     run = TrainingRun(
-        options={"length": 12, "num_tokens": 2}, curriculum=(4, 8), advance_at=0.0, d_model=16, n_layer=1, steps=6,
-        batch=4, eval_every=2,
-    )  # fmt: skip
+        options={"length": 12, "num_tokens": 2},
+        curriculum=({"length": 4}, {"length": 8}),
+        advance_at=0.0,
+        d_model=16,
+        n_layer=1,
+        steps=6,
+        batch=4,
+        eval_every=2,
+    )
     trainer, shapes = Trainer(run), []
     trainer.model.backbone.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[1]))
     entries = [trainer.advance() for _ in range(3)]
@@ -114,9 +120,15 @@ def test_curriculum_takes_the_next_length_once_one_is_learnt():
 
 def test_resumed_run_equals_a_whole_one(tmp_path):
     run = TrainingRun(
-        options={"length": 8, "num_tokens": 2}, curriculum=(4,), advance_at=0.0, d_model=16, n_layer=1, steps=6,
-        batch=4, eval_every=2,
-    )  # fmt: skip
+        options={"length": 8, "num_tokens": 2},
+        curriculum=({"length": 4},),
+        advance_at=0.0,
+        d_model=16,
+        n_layer=1,
+        steps=6,
+        batch=4,
+        eval_every=2,
+    )
     whole, entries = train(run)
     for _ in range(3):
         model, last = train(run, seconds=0, log=tmp_path / "log.jsonl", checkpoint=tmp_path / "state.pt")

@@ -33,9 +33,9 @@ class TrainingRun:
         layer: ``"Mamba1"``, ``"Mamba2"`` or ``"S4D"``.
         task: Name of a synthetic task.
         options: The task's arguments.
-        curriculum: Lengths of the task to begin with, in order. The next one, finally that of ``options``, follows
-            once an evaluation reaches ``advance_at``.
-        advance_at: Accuracy at which the next length is taken.
+        curriculum: Options that stages of the task begin with, in order, e.g. a shorter ``length``. The next stage,
+            finally ``options`` alone, follows once an evaluation reaches ``advance_at``.
+        advance_at: Accuracy at which the next stage is taken.
         d_model: Width.
         n_layer: Layers.
         ssm_cfg: Further arguments of the mixer.
@@ -53,7 +53,7 @@ class TrainingRun:
     layer: str = "Mamba1"
     task: str = "selective_copying"
     options: dict[str, Any] = field(default_factory=dict)
-    curriculum: Sequence[int] = ()
+    curriculum: Sequence[dict[str, Any]] = ()
     advance_at: float = 0.9
     d_model: int = 64
     n_layer: int = 2
@@ -163,9 +163,9 @@ class Trainer:
         self._enter_stage()
 
     @property
-    def stages(self) -> list[dict[str, int]]:
+    def stages(self) -> list[dict[str, Any]]:
         """The task's options that each stage of the curriculum changes."""
-        return [*({"length": length} for length in self.run.curriculum), {}]
+        return [*self.run.curriculum, {}]
 
     def _enter_stage(self) -> None:
         self._data = _batches(self.run, self._generator, **self.stages[self.stage])
@@ -230,7 +230,7 @@ class Trainer:
         return entry | options
 
     def _judge(self, score: float) -> None:
-        """Count evaluations that solve the task, or take the next length."""
+        """Count evaluations that solve the task, or take the next stage."""
         if self.stage == len(self.stages) - 1:
             self.solved = self.solved + 1 if score >= self.run.stop_at else 0
         elif score >= self.run.advance_at:
