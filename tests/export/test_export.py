@@ -48,9 +48,8 @@ def _check(name, format, sizes, folder, batches=(1, 3)):
         model.set_input_size(img_size=shape[-2:])
         export_model(model, path, format, shape)
         difference = compare_with_eager(model, path, format, shape, batches)
-        print(
-            f"| {format} | {name} | {'x'.join(map(str, shape))} | {difference:.1e} | {path.stat().st_size / 2**20:.2f} |"
-        )
+        size, mebibytes = "x".join(map(str, shape)), path.stat().st_size / 2**20
+        print(f"| {format} | {name} | {size} | {difference:.1e} | {mebibytes:.2f} |")
         assert difference <= 1e-4
     return path
 
@@ -160,16 +159,17 @@ def test_standard_operators_equal_the_operators(path, grid, options):
 class _Ssd(torch.nn.Module):
     """Mamba-2's scan with groups, a skip a channel, limits and a state."""
 
-    def __init__(self, merge):
+    def __init__(self, merge, heads=4):
         super().__init__()
-        self.A = torch.nn.Parameter(-torch.rand(2, 4))
-        self.D = torch.nn.Parameter(torch.rand(2, 4, 3))
-        self.merge = merge
+        self.A = torch.nn.Parameter(-torch.rand(2, heads))
+        self.D = torch.nn.Parameter(torch.rand(2, heads, 3))
+        self.merge, self.heads = merge, heads
 
     def forward(self, x):
+        x = x[:, :, : self.heads]
         each = x.unsqueeze(2).expand(-1, -1, 2, -1, -1)
-        B, C = each[..., :2, :].sin(), each[..., 2:, :].cos()
-        state = self.A[:, :, None, None].expand(x.shape[0], 2, 4, 3, 3)
+        B, C = each[..., :2, :].sin(), each[..., 2:4, :].cos()
+        state = self.A[:, :, None, None].expand(x.shape[0], 2, self.heads, 3, 3)
         y, last = ssd_scan(
             x, each[..., 0], self.A, B, C, self.D, x if self.merge else each, self.A, state,
             path="h,w2", grid=[3, 5], dt_limit=(0.1, 1.0), merge=self.merge,
@@ -187,6 +187,28 @@ def test_standard_ssd_equals_the_operator(merge):
     assert OPERATORS.strip(":") not in program.graph_module.code
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class _TwoSsd(torch.nn.Module):
+    """Two of them with other numbers of heads, as in the stages of a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = _Ssd(True, 4), _Ssd(True, 8)
+
+    def forward(self, x):
+        return torch.cat([self.one(x), self.two(x)], dim=1)
+
+
+def test_the_loops_of_different_layers_take_no_numbers(tmp_path):
+    from visionmamba.export.standard_ops import standard_ops
+
+    x = torch.randn(2, 24, 8, 3)
+    program = torch.export.export(_TwoSsd(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+    program = program.run_decompositions(standard_ops())
+    loops = [node for node in program.graph.nodes if node.target is torch.ops.higher_order.scan]
+    assert len(loops) == 2
+    assert not [value for node in loops for value in node.args[3] if not isinstance(value, torch.fx.Node)]
 
 
 def test_mismatch_is_found(tmp_path):

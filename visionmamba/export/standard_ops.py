@@ -128,18 +128,22 @@ def _ssd(
     x_t = _steps(x.flatten(-2), table.order).to(dtype).unflatten(-1, (heads, head_dim))
     B_t, C_t = (_steps(y.flatten(-2), table.order).to(dtype).unflatten(-1, y.shape[-2:]) for y in (B, C))
     decay = torch.exp(step * A.to(dtype))
+    drive = step.unsqueeze(-1) * x_t
+    # Heads by group, (G, H / G), outside the loop: a number that its body takes from outside would become an input.
+    groups = (B.shape[-2], -1)
 
     def advance(h, xs):
         decay, drive, B, C = xs
-        B, C = (y.repeat_interleave(heads // y.shape[-2], dim=-2).unsqueeze(-2) for y in (B, C))
-        # h_t = exp(Delta A) h_{t-1} + Delta x B^T, y_t = h_t C               (B, K, H, P, N), (B, K, H, P)
+        B, C = B[..., None, None, :], C[..., None, None, :]
+        # h_t = exp(Delta A) h_{t-1} + Delta x B^T, y_t = h_t C             (B, K, G, H/G, P, N), (B, K, G, H/G, P)
         h = decay[..., None, None] * h + drive.unsqueeze(-1) * B
         return h, (h * C).sum(-1)
 
     h = x.new_zeros((x.shape[0], directions, heads, head_dim, B.shape[-1]), dtype=dtype)
     h = h if initial_states is None else initial_states.to(dtype)
-    xs = (decay, step.unsqueeze(-1) * x_t, B_t, C_t)
-    h, y = scan(advance, h.contiguous(), tuple(t.contiguous() for t in xs))
+    xs = (decay.unflatten(3, groups), drive.unflatten(3, groups), B_t, C_t)
+    h, y = scan(advance, h.unflatten(2, groups).contiguous(), tuple(t.contiguous() for t in xs))
+    h, y = h.flatten(2, 3), y.flatten(3, 4)
     if D is not None:
         y = y + D.to(dtype).reshape(directions, heads, -1) * x_t
     y = _tokens(y.flatten(-2), table).unflatten(-1, (heads, head_dim))
