@@ -66,9 +66,8 @@ def stream_norm(
             return channel_norm(x, weight, bias, eps, rms, dtype=_narrowed(weight.dtype, narrow))[0]
     if rms:
         return F.rms_norm(x, [x.shape[-1]], weight.to(x.dtype), eps).to(weight.dtype)
-    assert eps is not None
     wide_bias = None if bias is None else bias.to(x.dtype)
-    return F.layer_norm(x, [x.shape[-1]], weight.to(x.dtype), wide_bias, eps).to(weight.dtype)
+    return F.layer_norm(x, [x.shape[-1]], weight.to(x.dtype), wide_bias, 1e-5 if eps is None else eps).to(weight.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
