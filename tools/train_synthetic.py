@@ -25,23 +25,38 @@ app = typer.Typer(add_completion=False, help=__doc__)
 _SIZES = {"Mamba1": {}, "Mamba2": {"headdim": 16, "d_state": 64}, "S4D": {"d_state": 32, "expand": 2}}
 """Mixer arguments that give the three models about the same number of parameters."""
 
-_SMALL = {
-    "copying": {"options": {"length": 64, "num_tokens": 8}, "steps": 2000, "lr": 3e-3},
-    "selective_copying": {"options": {"length": 64, "num_tokens": 8}, "steps": 4000, "lr": 3e-3},
-    "induction_heads": {"options": {"length": 32}, "steps": 2000, "lr": 3e-3},
+
+def _lengths(*lengths: int) -> list[dict[str, int]]:
+    return [{"length": length} for length in lengths]
+
+
+_SMALL: dict[str, dict[str, Any]] = {
+    "copying": {"options": {"length": 64, "num_tokens": 8}, "steps": 2000, "batch": 32, "lr": 3e-3},
+    "selective_copying": {
+        "options": {"length": 64, "num_tokens": 8}, "curriculum": _lengths(16, 32), "steps": 4000, "batch": 32,
+        "lr": 5e-3, "weight_decay": 0.0,
+    },
+    "induction_heads": {
+        "options": {"length": 64}, "curriculum": _lengths(16, 32), "steps": 2500, "batch": 32, "lr": 3e-3,
+        "weight_decay": 0.0,
+    },
     "mqar": {"options": {"length": 64, "num_pairs": 8, "vocab_size": 128}, "steps": 3000, "lr": 3e-3},
-}
-_PAPER = {
-    "copying": {"options": {"length": 1024, "num_tokens": 16}, "steps": 50_000, "lr": 1e-3},
-    "selective_copying": {"options": {"length": 1024, "num_tokens": 16}, "steps": 100_000, "lr": 1e-3},
-    "induction_heads": {"options": {"length": 256}, "steps": 50_000, "batch": 8, "lr": 1e-3},
+}  # fmt: skip
+_PAPER: dict[str, dict[str, Any]] = {
+    "copying": {"options": {"length": 1024, "num_tokens": 16}, "steps": 20_000, "batch": 32, "lr": 2e-3},
+    "selective_copying": {
+        "options": {"length": 1024, "num_tokens": 16}, "curriculum": _lengths(16, 32, 64, 128, 256, 512),
+        "steps": 16_000, "batch": 32, "lr": 5e-3, "weight_decay": 0.0,
+    },
+    "induction_heads": {
+        "options": {"length": 256}, "curriculum": _lengths(16, 32, 64, 128), "steps": 20_000, "batch": 32, "lr": 3e-3,
+        "weight_decay": 0.0, "stop_at": 1.1,  # a memory that lasts longer keeps growing after length 256 is solved
+    },
     "mqar": {
         "options": {"length": 256, "num_pairs": 64, "vocab_size": 8192},
-        "steps": 50_000,
-        "lr": 1e-3,
-        "d_model": 64,
+        "curriculum": [{"length": 64, "num_pairs": 8}, {"length": 128, "num_pairs": 32}], "steps": 12_000, "lr": 3e-3,
     },
-}
+}  # fmt: skip
 _LENGTHS = [2**power for power in range(6, 17)]
 """Lengths that induction heads are tested at."""
 
@@ -69,15 +84,16 @@ def plot(out: Annotated[Path, typer.Option(help="Folder with the logs.")] = Path
     for entries in logs.values():
         run, points = entries[0]["run"], [entry for entry in entries if "step" in entry]
         axis = axes[0, tasks.index(run["task"])]
-        axis.plot([p["step"] for p in points], [p["accuracy"] for p in points], label=run["layer"])
+        label = f"{run['layer']}, N={run['ssm_cfg'].get('d_state', 16)}, seed {run['seed']}"
+        axis.plot([p["step"] for p in points], [p["accuracy"] for p in points], label=label)
         axis.set(title=run["task"].replace("_", " "), xlabel="step", ylabel="accuracy", ylim=(0, 1.02))
         final = entries[-1].get("length", {})
         if len(final) > 1:
-            axes[0, -1].plot([int(n) for n in final], list(final.values()), marker="o", label=run["layer"])
+            axes[0, -1].plot([int(n) for n in final], list(final.values()), marker="o", label=label)
             axes[0, -1].set(title="induction heads: length", xlabel="test length", ylim=(0, 1.02))
             axes[0, -1].set_xscale("log", base=2)
     for axis in axes[0]:
-        axis.legend()
+        axis.legend(fontsize="x-small")
     figure.tight_layout()
     figure.savefig(out / "synthetic.png", dpi=120)
     typer.echo(f"wrote {out / 'synthetic.png'}")
@@ -87,8 +103,8 @@ def _settings(task: str, layer: str, paper: bool, d_state: int | None, given: di
     """A run from the tables and what the command line says."""
     settings = (_PAPER if paper else _SMALL)[task] | {name: value for name, value in given.items() if value is not None}
     ssm_cfg = _SIZES[layer] | ({} if d_state is None else {"d_state": d_state})
-    every = max(50, settings["steps"] // 200)
-    return TrainingRun(layer=layer, task=task, ssm_cfg=ssm_cfg, **({"eval_every": every} | settings))
+    defaults = {"eval_every": max(50, settings["steps"] // 200), "stop_at": 0.998}
+    return TrainingRun(layer=layer, task=task, ssm_cfg=ssm_cfg, **(defaults | settings))
 
 
 def _command(task: str) -> None:
@@ -102,7 +118,7 @@ def _command(task: str) -> None:
         batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
         d_model: Annotated[int | None, typer.Option(help="Width.")] = None,
         d_state: Annotated[int | None, typer.Option(help="States a channel.")] = None,
-        stop_at: Annotated[float, typer.Option(help="Stop at this accuracy, three times in a row.")] = 0.998,
+        stop_at: Annotated[float | None, typer.Option(help="Stop at this accuracy, three times in a row.")] = None,
         seed: int = 0,
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
         dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "float32",

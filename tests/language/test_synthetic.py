@@ -114,8 +114,8 @@ def test_curriculum_takes_the_next_stage_once_one_is_learnt():
     assert shapes == [6] * 3 + [10] * 3 + [14] * 3  # two steps and an evaluation each, with two tokens to answer
     assert [entry.get("length") for entry in entries] == [4, 8, None]
     assert trainer.finished
-    stuck = Trainer(replace(run, advance_at=1.1))
-    assert [stuck.advance()["length"] for _ in range(2)] == [4, 4]
+    slow = Trainer(replace(run, advance_at=1.1, steps=16))
+    assert [slow.advance().get("length") for _ in range(5)] == [4, 4, 8, 8, None]  # half of the steps, shared equally
 
 
 def test_resumed_run_equals_a_whole_one(tmp_path):

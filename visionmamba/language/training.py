@@ -34,7 +34,8 @@ class TrainingRun:
         task: Name of a synthetic task.
         options: The task's arguments.
         curriculum: Options that stages of the task begin with, in order, e.g. a shorter ``length``. The next stage,
-            finally ``options`` alone, follows once an evaluation reaches ``advance_at``.
+            finally ``options`` alone, follows once an evaluation reaches ``advance_at``; at the latest after an equal
+            share of the first half of the steps.
         advance_at: Accuracy at which the next stage is taken.
         d_model: Width.
         n_layer: Layers.
@@ -233,7 +234,9 @@ class Trainer:
         """Count evaluations that solve the task, or take the next stage."""
         if self.stage == len(self.stages) - 1:
             self.solved = self.solved + 1 if score >= self.run.stop_at else 0
-        elif score >= self.run.advance_at:
+            return
+        latest = (self.stage + 1) * self.run.steps / (2 * len(self.run.curriculum))
+        if score >= self.run.advance_at or self.step >= latest:
             self.stage += 1
             self._enter_stage()
 
