@@ -19,9 +19,11 @@ _TERMS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # that hold th
 _ALIGNMENT = 8  # columns: 16 bytes of 16-bit values, which tensor cores are fed by
 
 
-def _token_rows(delta: Tensor) -> Tensor:
-    """Return ``(B, L, K, R)`` as aligned rows ``(B L, columns)``, with zeros past the K R columns."""
-    rows = delta.reshape(-1, delta.shape[2] * delta.shape[3])
+def _token_rows(delta: Tensor, copies: int = 1) -> Tensor:
+    """Return ``(B, L, K, R)``, so many times side by side, as aligned rows ``(B L, columns)`` that zeros fill up."""
+    batch, tokens, directions, rank = delta.shape
+    repeated = delta.unsqueeze(2).expand(-1, -1, copies, -1, -1)
+    rows = repeated.reshape(batch * tokens, copies * directions * rank)
     missing = -rows.shape[1] % _ALIGNMENT
     if missing:
         return F.pad(rows, (0, missing))
@@ -51,9 +53,9 @@ def expand_delta(delta: Tensor, weight: Tensor | None) -> Tensor:
     """
     if weight is None:
         return delta
-    rows = _token_rows(delta)
-    terms = _terms(block_diagonal(weight.float(), rows.shape[1]), delta.dtype)
-    expanded = product(torch.cat([rows] * len(terms), 1), torch.cat(terms, 1).t())
+    terms = torch.cat(_terms(block_diagonal(weight.float()), delta.dtype), 1)
+    rows = _token_rows(delta, _TERMS[delta.dtype])
+    expanded = product(rows, F.pad(terms, (0, rows.shape[1] - terms.shape[1])).t())
     return expanded.view(*delta.shape[:3], weight.shape[1])
 
 
