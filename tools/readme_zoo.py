@@ -36,9 +36,7 @@ def zoo_table() -> str:
     for family, members in groupby(summaries, key=lambda summary: summary.family):
         title = importlib.import_module(f"visionmamba.models.{family}").__doc__.strip().splitlines()[0]
         rows = [_row(summary) for summary in members]
-        parts.append(
-            "\n".join([f"**{title}**\n", "| Model | Params (M) | Top-1 (%) | Weights |", "|---|--:|--:|---|", *rows])
-        )
+        parts.append("\n".join([f"**{title}**\n", *HEADER, *rows]))
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 
