@@ -8,26 +8,47 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) scan_carry_adjoint(cons
 // Steps that are reduced over the channel lanes together, so that no lane idles in the exchange.
 constexpr int BATCH_WANTED = CHANNEL_LANES / (2 * SPT) > 0 ? CHANNEL_LANES / (2 * SPT) : 1;
 constexpr int BATCH = BATCH_WANTED < STEPS ? BATCH_WANTED : STEPS;
+constexpr int HELD = CPT * SPT;                          // states of a lane
+constexpr bool EVERY_WINDOW = CHECKPOINTS == WINDOWS;    // a checkpoint before every window, or only before every group
+static_assert(EVERY_WINDOW || CHECKPOINTS == 1, "checkpoints are of windows or of groups");
 
+// GATE 1: the gates are shared by directions, whose ungated outputs y a second kernel sums; 2: a gate has one direction,
+// and its gradient is written here.
 struct __align__(16) BackwardShared {
   float x[TILE_STEPS * CHANNELS], u[TILE_STEPS * CHANNELS], dy[TILE_STEPS * CHANNELS], slope[TILE_STEPS * CHANNELS];
 #if GATE
   float y[TILE_STEPS * CHANNELS];
 #endif
+#if GATE == 2
+  float dgate[TILE_STEPS * CHANNELS];  // dL/dy silu'(z), with y the gated output
+#endif
   float from_B[TILE_STEPS * CHANNELS], from_A[TILE_STEPS * CHANNELS], B[TILE_STEPS * N], C[TILE_STEPS * N];
 };
 
-__device__ __forceinline__ float* checkpoint(const ScanArgs& p, const Place& at, int group) {
-  const int groups = (p.chunk_steps + TILE_STEPS - 1) / TILE_STEPS;
-  return p.checkpoints + ((((int64)blockIdx.x * WARPS + at.warp) * groups + group) * (CPT * SPT)) * 32 + at.lane;
+// Shared memory as a lane sees it: `offset` floats further, which it computes once.
+__device__ __forceinline__ BackwardShared& seen_from(BackwardShared* shared, int offset) {
+  keep_in_register(offset);
+  return *reinterpret_cast<BackwardShared*>(reinterpret_cast<char*>(shared) + offset);
+}
+
+// Checkpoints are scratch of a lane: as wide accesses as its states allow, the lanes side by side.
+__device__ __forceinline__ void save(float* to, const float h[CPT][SPT]) {
+  constexpr int V = HELD < 4 ? HELD : 4;
+#pragma unroll
+  for (int i = 0; i < HELD; i += V) store_floats<V>(to + i * 32, &h[0][0] + i);
+}
+__device__ __forceinline__ void restore(const float* from, float h[CPT][SPT]) {
+  constexpr int V = HELD < 4 ? HELD : 4;
+#pragma unroll
+  for (int i = 0; i < HELD; i += V) load_floats<V>(from + i * 32, &h[0][0] + i);
 }
 
 // One step of the recurrence, from shared memory. Optionally keeps the decays.
-template <bool KEEP> __device__ __forceinline__ void advance(const BackwardShared& s, const Place& at, int t, const float a2[CPT][SPT], const float h[CPT][SPT], float next[CPT][SPT], float a[CPT][SPT]) {
+template <bool KEEP> __device__ __forceinline__ void advance(const BackwardShared& channels, const BackwardShared& states, int t, const float a2[CPT][SPT], const float h[CPT][SPT], float next[CPT][SPT], float a[CPT][SPT]) {
   float x[CPT], f[CPT], b[SPT];
-  load_floats<CPT>(s.x + t * CHANNELS + at.c * CPT, x);
-  load_floats<CPT>(s.u + t * CHANNELS + at.c * CPT, f);
-  load_floats<SPT>(s.B + t * N + at.q * SPT, b);
+  load_floats<CPT>(channels.x + t * CHANNELS, x);
+  load_floats<CPT>(channels.u + t * CHANNELS, f);
+  load_floats<SPT>(states.B + t * N, b);
 #pragma unroll
   for (int i = 0; i < CPT; i++) {
     const float xu = x[i] * f[i];
@@ -46,74 +67,63 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
   const Place at(p);
   BackwardShared& s = shared[at.warp];
   const bool ok = at.in_range(p);
-  const int channel = ok ? at.channel0 + at.column : 0;
-  const act_t* u = p.u + at.b * p.u_b + (int64)at.k * p.u_k + channel;
-  const delta_t* delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
+  const int channel = ok ? at.channel0 + at.column : 0, base = at.warp * (int)sizeof(BackwardShared);
+  BackwardShared& channels = seen_from(shared, base + 4 * at.c * CPT);       // of the compute layout
+  BackwardShared& states = seen_from(shared, base + 4 * at.q * SPT);         // likewise: B and C
+  BackwardShared& staged = seen_from(shared, base + 4 * (at.staged_step(0) * CHANNELS + at.column));
   const act_t* dy = p.dy + at.b * p.dy_b + (int64)at.k * p.dy_k + channel;
-  const act_t* B = p.B + at.b * p.B_b + (int64)at.k * p.B_k;
-  const act_t* C = p.C + at.b * p.C_b + (int64)at.k * p.C_k;
-  const int64 y_offset = at.b * p.y_b + (int64)at.k * p.y_k + channel;
   const int64 du_offset = at.b * p.du_b + (int64)at.k * p.du_k + channel;
   delta_t* ddelta = p.ddelta + ((int64)at.b * p.L * p.K + at.k) * p.D_ + channel;
   float* dBC = p.dBC + (((int64)at.b * p.K + at.k) * p.tiles + at.tile) * p.L * (2 * D_STATE);
-  float a2[CPT][SPT], bias[VEC], skip[VEC];
+  float a2[CPT][SPT], skip[VEC];
   load_decay(p, at, a2);
-  load_columns(p.bias, p, at, bias);
   load_columns(p.D, p, at, skip);
   if (N != D_STATE)
     for (int i = at.lane; i < TILE_STEPS * N; i += 32) s.B[i] = s.C[i] = 0.f;
   const int groups = (at.end_step - at.first_step + TILE_STEPS - 1) / TILE_STEPS;
+  const int saved_groups = (p.chunk_steps + TILE_STEPS - 1) / TILE_STEPS;
+  float* checkpoints = p.checkpoints + ((int64)blockIdx.x * WARPS + at.warp) * saved_groups * (CHECKPOINTS * HELD * 32) + at.lane * (HELD < 4 ? HELD : 4);
+  constexpr int SAVED = HELD * 32;  // floats of a checkpoint
 
-  Rows raw_u, raw_dy;
-  DeltaRows raw_delta;
+  Inputs in(p, at);
+  Rows raw_dy;
 #if GATE
   const act_t* z = p.z + at.b * p.z_b + (int64)at.k * p.z_k + channel;
+  const int64 y_offset = at.b * p.y_b + (int64)at.k * p.y_k + channel;
   Rows raw_z;
 #endif
-  Projection raw_B, raw_C;
-  float h[CPT][SPT];
+  float starts[WINDOWS][CPT][SPT], (&h)[CPT][SPT] = starts[0];  // the state before each window of a group
   load_state(p, at, p.state_in, at.bkc, h);
 
-  // Forward walk: checkpoint the state before each group. The last group's own states are not needed here.
+  // Forward walk: checkpoints. The last group's are not needed where its own start is all that is kept of it.
+  const int walked = EVERY_WINDOW ? groups : groups - 1;
   int tokens = load_tokens(p, at, at.first_step), next_tokens = load_tokens(p, at, at.first_step + TILE_STEPS);
-  auto load_forward = [&](int first) {
-    raw_u.load(u, p.u_l, at, tokens, false, first);
-    raw_delta.load(delta, p.delta_l, at, tokens, STEP_ORDER, first);
-    raw_B.load(B, p.B_l, at, tokens, STEP_ORDER, first);
-  };
-  if (groups > 1) load_forward(at.first_step);
-  for (int group = 0; group < groups - 1; group++) {
+  if (walked > 0) in.load<false>(p, at, GroupRows(at, tokens, at.first_step));
+  for (int group = 0; group < walked; group++) {
     const int first = at.first_step + group * TILE_STEPS;
-    float* to = checkpoint(p, at, group);
-#pragma unroll
-    for (int i = 0; i < CPT; i++)
-#pragma unroll
-      for (int j = 0; j < SPT; j++) to[(i * SPT + j) * 32] = h[i][j];
-#pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-      const int t = at.staged_step(i);
-      const bool valid = __shfl_sync(FULL_WARP, tokens, t) >= 0;
-      float f[VEC], x[VEC];
-      unpack(raw_delta.value[i], x);
-      unpack(raw_u.value[i], f);
-#pragma unroll
-      for (int v = 0; v < VEC; v++) x[v] = step_size(x[v] + bias[v], valid && ok);
-      store_floats<VEC>(s.x + t * CHANNELS + at.column, x);
-      store_floats<VEC>(s.u + t * CHANNELS + at.column, f);
-    }
-    raw_B.stage(s.B, at);
+    in.stage<false>(s, p, at, tokens);
     __syncwarp();
     tokens = next_tokens;
     next_tokens = load_tokens(p, at, first + 2 * TILE_STEPS);
-    if (group + 1 < groups - 1) load_forward(first + TILE_STEPS);
+    if (group + 1 < walked) in.load<false>(p, at, GroupRows(at, tokens, first + TILE_STEPS));
 #pragma unroll
-    for (int t = 0; t < TILE_STEPS; t++) advance<false>(s, at, t, a2, h, h, nullptr);
+    for (int t = 0; t < TILE_STEPS; t++) {
+      if (t % (TILE_STEPS / CHECKPOINTS) == 0) save(checkpoints + (t / (TILE_STEPS / CHECKPOINTS)) * SAVED, h);
+      advance<false>(channels, states, t, a2, h, h, nullptr);
+    }
+    checkpoints += CHECKPOINTS * SAVED;
     __syncwarp();
   }
 
   // Backward walk, a group at a time; `carried` is a_{t+1} g_{t+1}, the adjoint that enters a step from the next one.
   float carried[CPT][SPT], dA[CPT][SPT], dskip[VEC], dbias[VEC];
   load_state(p, at, p.adjoint_in, at.bkc, carried);
+  auto restore_group = [&] {
+    checkpoints -= CHECKPOINTS * SAVED;
+#pragma unroll
+    for (int w = 0; w < CHECKPOINTS; w++) restore(checkpoints + w * SAVED, starts[w]);
+  };
+  if (EVERY_WINDOW) restore_group();
 #pragma unroll
   for (int i = 0; i < CPT; i++)
 #pragma unroll
@@ -121,96 +131,101 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
 #pragma unroll
   for (int v = 0; v < VEC; v++) dskip[v] = dbias[v] = 0.f;
 
-  auto load_backward = [&](int first) {
-    raw_u.load(u, p.u_l, at, tokens, false, first);
-    raw_delta.load(delta, p.delta_l, at, tokens, STEP_ORDER, first);
-    raw_dy.load(dy, p.dy_l, at, tokens, false, first);
+  auto load = [&](int tokens, int first) {
+    const GroupRows rows(at, tokens, first);
+    in.load<true>(p, at, rows);
+    raw_dy.load(dy, p.dy_l, at, rows);
 #if GATE
-    raw_z.load(z, p.z_l, at, tokens, false, first);
+    raw_z.load(z, p.z_l, at, rows);
 #endif
-    raw_B.load(B, p.B_l, at, tokens, STEP_ORDER, first);
-    raw_C.load(C, p.C_l, at, tokens, STEP_ORDER, first);
   };
+  // Where a lane leaves its sums: from_B and from_A of a step, dB and dC of BATCH steps, y.
+  const int kept = kept_by<2 * CPT, STATE_LANES, CHANNEL_LANES>(at.lane);
+  BackwardShared& through_to = seen_from(shared, base + 4 * (kept / CPT * (TILE_STEPS * CHANNELS) + at.c * CPT + kept % CPT));
+  constexpr int M = BATCH * 2 * SPT, LEFT = M > CHANNEL_LANES ? M / CHANNEL_LANES : 1, REPEATS = CHANNEL_LANES > M ? CHANNEL_LANES / M : 1;
+  const int first_sum = kept_by<M, CHANNEL_LANES, 1>(at.lane);
+  int sums_at = at.warp * (TILE_STEPS * 2 * N) + first_sum / SPT * N + at.q * SPT + first_sum % SPT;
+  keep_in_register(sums_at);
+#if GATE
+  BackwardShared& y_to = seen_from(shared, base + 4 * output_offset(at));
+#endif
+
   const int last_first = at.first_step + (groups - 1) * TILE_STEPS;
   tokens = load_tokens(p, at, last_first);
   next_tokens = load_tokens(p, at, last_first - TILE_STEPS);
-  load_backward(last_first);
+  load(tokens, last_first);
   for (int group = groups - 1; group >= 0; group--) {
     const int first = at.first_step + group * TILE_STEPS, current = tokens;
-    float (*block_sums)[TILE_STEPS * 2 * N] = sums[group & 1];
+    float* block_sums = sums[group & 1][0];
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-      const int t = at.staged_step(i);
-      const bool valid = __shfl_sync(FULL_WARP, current, t) >= 0 && ok;
+      const int to = i * (32 / ROW_LANES) * CHANNELS;
+      const bool valid = __shfl_sync(FULL_WARP, current, at.staged_step(i)) >= 0 && ok;
       float f[VEC], x[VEC], g[VEC], slope[VEC];
-      unpack(raw_delta.value[i], x);
-      unpack(raw_u.value[i], f);
+      unpack(in.raw_delta.value[i], x);
+      unpack(in.raw_u.value[i], f);
       unpack(raw_dy.value[i], g);
 #if GATE
       float gate[VEC];
       unpack(raw_z.value[i], gate);
 #pragma unroll
-      for (int v = 0; v < VEC; v++) g[v] *= silu(gate[v]);
+      for (int v = 0; v < VEC; v++) {
+        const float sigma = sigmoid(gate[v]), out = g[v];
+        g[v] = out * (gate[v] * sigma);
+        gate[v] = out * (sigma * (1.f + gate[v] * (1.f - sigma)));
+      }
+#endif
+#if GATE == 2
+      store_floats<VEC>(staged.dgate + to, gate);
 #endif
 #pragma unroll
       for (int v = 0; v < VEC; v++) {
         slope[v] = 1.f;
-        x[v] += bias[v];
+        x[v] += in.bias[v];
         if (SOFTPLUS) x[v] = softplus(x[v], slope[v]);
         x[v] = valid ? x[v] : 0.f;
         g[v] = valid ? g[v] : 0.f;
         dskip[v] += g[v] * f[v];
       }
-      store_floats<VEC>(s.x + t * CHANNELS + at.column, x);
-      store_floats<VEC>(s.u + t * CHANNELS + at.column, f);
-      store_floats<VEC>(s.dy + t * CHANNELS + at.column, g);
-      store_floats<VEC>(s.slope + t * CHANNELS + at.column, slope);
+      store_floats<VEC>(staged.x + to, x);
+      store_floats<VEC>(staged.u + to, f);
+      store_floats<VEC>(staged.dy + to, g);
+      store_floats<VEC>(staged.slope + to, slope);
     }
-    raw_B.stage(s.B, at);
-    raw_C.stage(s.C, at);
-    if (group < groups - 1) {
-      const float* from = checkpoint(p, at, group);
-#pragma unroll
-      for (int i = 0; i < CPT; i++)
-#pragma unroll
-        for (int j = 0; j < SPT; j++) h[i][j] = from[(i * SPT + j) * 32];
-    }
+    in.raw_B.stage(s.B, at);
+    in.raw_C.stage(s.C, at);
     __syncwarp();
     tokens = next_tokens;
     next_tokens = load_tokens(p, at, first - 2 * TILE_STEPS);
-    if (group > 0) load_backward(first - TILE_STEPS);
+    if (group > 0) load(tokens, first - TILE_STEPS);
 
-    // The state before each window of the group; the last window's states are recomputed first.
-    float starts[WINDOWS][CPT][SPT];
+    if constexpr (!EVERY_WINDOW) {
 #pragma unroll
-    for (int w = 0; w < WINDOWS; w++) {
+      for (int w = 0; w + 1 < WINDOWS; w++) {
+        advance<false>(channels, states, w * STEPS, a2, starts[w], starts[w + 1], nullptr);
 #pragma unroll
-      for (int i = 0; i < CPT; i++)
-#pragma unroll
-        for (int j = 0; j < SPT; j++) starts[w][i][j] = h[i][j];
-      if (w + 1 < WINDOWS)
-#pragma unroll
-        for (int t = 0; t < STEPS; t++) advance<false>(s, at, w * STEPS + t, a2, h, h, nullptr);
+        for (int t = 1; t < STEPS; t++) advance<false>(channels, states, w * STEPS + t, a2, starts[w + 1], starts[w + 1], nullptr);
+      }
     }
 #pragma unroll
     for (int w = WINDOWS - 1; w >= 0; w--) {
-      float states[STEPS + 1][CPT][SPT], a[STEPS][CPT][SPT];
+      float visited[STEPS + 1][CPT][SPT], a[STEPS][CPT][SPT];  // the states of the window, and its decays
 #pragma unroll
       for (int i = 0; i < CPT; i++)
 #pragma unroll
-        for (int j = 0; j < SPT; j++) states[0][i][j] = starts[w][i][j];
+        for (int j = 0; j < SPT; j++) visited[0][i][j] = starts[w][i][j];
 #pragma unroll
-      for (int t = 0; t < STEPS; t++) advance<true>(s, at, w * STEPS + t, a2, states[t], states[t + 1], a[t]);
-      float shared_sums[BATCH * 2 * SPT];  // dB and dC of BATCH steps, of this lane's channels
+      for (int t = 0; t < STEPS; t++) advance<true>(channels, states, w * STEPS + t, a2, visited[t], visited[t + 1], a[t]);
+      float shared_sums[M];  // dB and dC of BATCH steps, of this lane's channels
 #pragma unroll
       for (int t = STEPS - 1; t >= 0; t--) {
         const int step = w * STEPS + t;
         float x[CPT], f[CPT], gy[CPT], b[SPT], cc[SPT], through[2 * CPT];
-        load_floats<CPT>(s.x + step * CHANNELS + at.c * CPT, x);
-        load_floats<CPT>(s.u + step * CHANNELS + at.c * CPT, f);
-        load_floats<CPT>(s.dy + step * CHANNELS + at.c * CPT, gy);
-        load_floats<SPT>(s.B + step * N + at.q * SPT, b);
-        load_floats<SPT>(s.C + step * N + at.q * SPT, cc);
+        load_floats<CPT>(channels.x + step * CHANNELS, x);
+        load_floats<CPT>(channels.u + step * CHANNELS, f);
+        load_floats<CPT>(channels.dy + step * CHANNELS, gy);
+        load_floats<SPT>(states.B + step * N, b);
+        load_floats<SPT>(states.C + step * N, cc);
         float* sum_B = shared_sums + (t % BATCH) * 2 * SPT;
         float* sum_C = sum_B + SPT;
 #pragma unroll
@@ -222,11 +237,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
 #pragma unroll
           for (int j = 0; j < SPT; j++) {
             const float g = cc[j] * gy[i] + carried[i][j];           // g_t = C_t dy_t + a_{t+1} g_{t+1}
-            sum_C[j] += gy[i] * states[t + 1][i][j];                 // dC_t = sum_d dy_t h_t
+            sum_C[j] += gy[i] * visited[t + 1][i][j];                 // dC_t = sum_d dy_t h_t
             sum_B[j] += g * xu;                                      // dB_t = sum_d g_t Delta_t u_t
             through[i] += g * b[j];                                  // dL/d(Delta u)
             carried[i][j] = g * a[t][i][j];
-            const float r = carried[i][j] * states[t][i][j];         // dL/d(Delta A)
+            const float r = carried[i][j] * visited[t][i][j];         // dL/d(Delta A)
             through[CPT + i] += r * a2[i][j];
             dA[i][j] += r * x[i];
           }
@@ -237,59 +252,60 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
         for (int i = 0; i < CPT; i++) {
           y[i] = 0.f;
 #pragma unroll
-          for (int j = 0; j < SPT; j++) y[i] += cc[j] * states[t + 1][i][j];
+          for (int j = 0; j < SPT; j++) y[i] += cc[j] * visited[t + 1][i][j];
         }
-        store_output(s.y, at, step, y);
+        store_output(y_to.y, at, 0, step, y);
 #endif
-        const int kept = reduce_over_lanes<2 * CPT, STATE_LANES, CHANNEL_LANES>(through, at.lane);
+        reduce_over_lanes<2 * CPT, STATE_LANES, CHANNEL_LANES>(through, at.lane);
         constexpr int KEPT = 2 * CPT > STATE_LANES ? 2 * CPT / STATE_LANES : 1, COPIES = STATE_LANES > 2 * CPT ? STATE_LANES / (2 * CPT) : 1;
         if (at.q % COPIES == 0) {
 #pragma unroll
-          for (int i = 0; i < KEPT; i++) {
-            const int v = kept + i;
-            (v < CPT ? s.from_B : s.from_A)[step * CHANNELS + at.c * CPT + v % CPT] = through[i];
-          }
+          for (int i = 0; i < KEPT; i++) through_to.from_B[i / CPT * (TILE_STEPS * CHANNELS) + step * CHANNELS + i % CPT] = through[i];
         }
         if (t % BATCH == 0) {
-          constexpr int M = BATCH * 2 * SPT, LEFT = M > CHANNEL_LANES ? M / CHANNEL_LANES : 1, REPEATS = CHANNEL_LANES > M ? CHANNEL_LANES / M : 1;
-          const int first_sum = reduce_over_lanes<M, CHANNEL_LANES, 1>(shared_sums, at.lane);
+          reduce_over_lanes<M, CHANNEL_LANES, 1>(shared_sums, at.lane);
           if (at.c % REPEATS == 0) {
 #pragma unroll
-            for (int i = 0; i < LEFT; i++) {
-              const int v = first_sum + i, batch_step = v / (2 * SPT), which = v / SPT % 2, j = v % SPT;
-              block_sums[at.warp][(step + batch_step) * 2 * N + which * N + at.q * SPT + j] = shared_sums[i];
-            }
+            for (int i = 0; i < LEFT; i++) block_sums[sums_at + step * 2 * N + i / SPT * N + i % SPT] = shared_sums[i];
           }
         }
       }
     }
+    if (group > 0) restore_group();  // long before it is needed
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-      const int t = at.staged_step(i), token = __shfl_sync(FULL_WARP, current, t), at_shared = t * CHANNELS + at.column;
+      const int t = at.staged_step(i), token = __shfl_sync(FULL_WARP, current, t), from = i * (32 / ROW_LANES) * CHANNELS;
+      const bool valid = ok && token >= 0;
       float x[VEC], f[VEC], g[VEC], slope[VEC], from_B[VEC], from_A[VEC];
-      load_floats<VEC>(s.x + at_shared, x);
-      load_floats<VEC>(s.u + at_shared, f);
-      load_floats<VEC>(s.dy + at_shared, g);
-      load_floats<VEC>(s.slope + at_shared, slope);
-      load_floats<VEC>(s.from_B + at_shared, from_B);
-      load_floats<VEC>(s.from_A + at_shared, from_A);
+      load_floats<VEC>(staged.x + from, x);
+      load_floats<VEC>(staged.u + from, f);
+      load_floats<VEC>(staged.dy + from, g);
+      load_floats<VEC>(staged.slope + from, slope);
+      load_floats<VEC>(staged.from_B + from, from_B);
+      load_floats<VEC>(staged.from_A + from, from_A);
+#if GATE
+      float y[VEC];
+      load_floats<VEC>(staged.y + from, y);
+#pragma unroll
+      for (int v = 0; v < VEC; v++) y[v] += skip[v] * f[v];
+#if GATE == 2
+      float dgate[VEC];
+      load_floats<VEC>(staged.dgate + from, dgate);
+#pragma unroll
+      for (int v = 0; v < VEC; v++) y[v] *= dgate[v];
+      if (valid) store_act<VEC>(row_of((act_t*)p.y + y_offset, token, p.y_l), y);
+#else
+      if (valid) store_floats<VEC>(row_of((float*)p.y + y_offset, token, p.y_l), y);
+#endif
+#endif
 #pragma unroll
       for (int v = 0; v < VEC; v++) {
-        const float ddelta_v = (DECAY_UNSCALE * from_A[v] + from_B[v] * f[v]) * slope[v];
+        f[v] = (DECAY_UNSCALE * from_A[v] + from_B[v] * f[v]) * slope[v];
         g[v] = from_B[v] * x[v] + skip[v] * g[v];
-        f[v] = ddelta_v;
-        if (token >= 0) dbias[v] += ddelta_v;
+        if (token >= 0) dbias[v] += f[v];
       }
-#if GATE
-      float y[VEC], raw[VEC];
-      load_floats<VEC>(s.y + at_shared, y);
-      load_floats<VEC>(s.u + at_shared, raw);
-#pragma unroll
-      for (int v = 0; v < VEC; v++) y[v] += skip[v] * raw[v];
-      if (ok && token >= 0) store_floats<VEC>(row_of((float*)p.y + y_offset, token, p.y_l), y);
-#endif
-      if (ok && token >= 0) {
+      if (valid) {
 #if PARTIAL
         store_floats<VEC>(row_of((float*)p.du + du_offset, token, p.du_l), g);
 #else
@@ -307,8 +323,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
       if (e < ENTRIES && token >= 0 && (n < D_STATE || (n >= N && n < N + D_STATE))) {
         float total = 0.f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) total += block_sums[w][e];
-        dBC[(int64)(STEP_ORDER ? first + t : token) * (2 * D_STATE) + (n < D_STATE ? n : n - N + D_STATE)] = total;
+        for (int w = 0; w < WARPS; w++) total += block_sums[w * ENTRIES + e];
+        row_of(dBC, STEP_ORDER ? first + t : token, 2 * D_STATE * (int)sizeof(float))[n < D_STATE ? n : n - N + D_STATE] = total;
       }
     }
     __syncwarp();

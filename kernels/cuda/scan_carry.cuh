@@ -10,16 +10,10 @@ template <bool ADJOINT> __device__ __forceinline__ void carry(const ScanArgs& p)
   __shared__ CarryShared shared[WARPS];
   const Place at(p);
   CarryShared& s = shared[at.warp];
-  const bool ok = at.in_range(p);
-  const int channel = ok ? at.channel0 + at.column : 0;
-  const act_t* u = p.u + at.b * p.u_b + (int64)at.k * p.u_k + channel;
-  const delta_t* delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
-  const act_t* B = p.B + at.b * p.B_b + (int64)at.k * p.B_k;
-  const act_t* C = ADJOINT ? p.C + at.b * p.C_b + (int64)at.k * p.C_k : nullptr;
+  const int channel = at.in_range(p) ? at.channel0 + at.column : 0;
   const act_t* dy = ADJOINT ? p.dy + at.b * p.dy_b + (int64)at.k * p.dy_k + channel : nullptr;
-  float a2[CPT][SPT], h[CPT][SPT], decay[CPT][SPT], adjoint[CPT][SPT], bias[VEC], total[CPT];
+  float a2[CPT][SPT], h[CPT][SPT], decay[CPT][SPT], adjoint[CPT][SPT], total[CPT];
   load_decay(p, at, a2);
-  load_columns(p.bias, p, at, bias);
 #pragma unroll
   for (int i = 0; i < CPT; i++) {
     total[i] = 0.f;
@@ -29,40 +23,30 @@ template <bool ADJOINT> __device__ __forceinline__ void carry(const ScanArgs& p)
   if (N != D_STATE)
     for (int i = at.lane; i < TILE_STEPS * N; i += 32) s.B[i] = s.C[i] = 0.f;
 
-  Rows raw_u, raw_dy;
-  DeltaRows raw_delta;
+  Inputs in(p, at);
+  Rows raw_dy;
 #if GATE
   const act_t* z = p.z + at.b * p.z_b + (int64)at.k * p.z_k + channel;
   Rows raw_z;
 #endif
-  Projection raw_B, raw_C;
-  int tokens = load_tokens(p, at, at.first_step), next_tokens = load_tokens(p, at, at.first_step + TILE_STEPS);
-  auto load = [&](int first) {
-    raw_u.load(u, p.u_l, at, tokens, false, first);
-    raw_delta.load(delta, p.delta_l, at, tokens, STEP_ORDER, first);
-    raw_B.load(B, p.B_l, at, tokens, STEP_ORDER, first);
+  auto load = [&](int tokens, int first) {
+    const GroupRows rows(at, tokens, first);
+    in.load<ADJOINT>(p, at, rows);
     if constexpr (ADJOINT) {
-      raw_dy.load(dy, p.dy_l, at, tokens, false, first);
-      raw_C.load(C, p.C_l, at, tokens, STEP_ORDER, first);
+      raw_dy.load(dy, p.dy_l, at, rows);
 #if GATE
-      raw_z.load(z, p.z_l, at, tokens, false, first);
+      raw_z.load(z, p.z_l, at, rows);
 #endif
     }
   };
-  load(at.first_step);
+  int tokens = load_tokens(p, at, at.first_step), next_tokens = load_tokens(p, at, at.first_step + TILE_STEPS);
+  load(tokens, at.first_step);
   for (int first = at.first_step; first < at.end_step; first += TILE_STEPS) {
+    in.stage<ADJOINT>(s, p, at, tokens);
+    if constexpr (ADJOINT) {
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-      const int t = at.staged_step(i);
-      const bool valid = __shfl_sync(FULL_WARP, tokens, t) >= 0;
-      float f[VEC], x[VEC];
-      unpack(raw_delta.value[i], x);
-      unpack(raw_u.value[i], f);
-#pragma unroll
-      for (int v = 0; v < VEC; v++) x[v] = step_size(x[v] + bias[v], valid && ok);
-      store_floats<VEC>(s.x + t * CHANNELS + at.column, x);
-      store_floats<VEC>(s.u + t * CHANNELS + at.column, f);
-      if constexpr (ADJOINT) {
+      for (int i = 0; i < PER_LANE; i++) {
+        float f[VEC];
         unpack(raw_dy.value[i], f);
 #if GATE
         float gate[VEC];
@@ -70,15 +54,13 @@ template <bool ADJOINT> __device__ __forceinline__ void carry(const ScanArgs& p)
 #pragma unroll
         for (int v = 0; v < VEC; v++) f[v] *= silu(gate[v]);
 #endif
-        store_floats<VEC>(s.dy + t * CHANNELS + at.column, f);
+        store_floats<VEC>(s.dy + at.staged_step(i) * CHANNELS + at.column, f);
       }
     }
-    raw_B.stage(s.B, at);
-    if constexpr (ADJOINT) raw_C.stage(s.C, at);
     __syncwarp();
     tokens = next_tokens;
     next_tokens = load_tokens(p, at, first + 2 * TILE_STEPS);
-    if (first + TILE_STEPS < at.end_step) load(first + TILE_STEPS);
+    if (first + TILE_STEPS < at.end_step) load(tokens, first + TILE_STEPS);
 #pragma unroll
     for (int t = 0; t < TILE_STEPS; t++) {
       float x[CPT], f[CPT], gy[CPT], b[SPT], cc[SPT];

@@ -13,60 +13,38 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_forwar
   ForwardShared& s = shared[at.warp];
   const bool ok = at.in_range(p);
   const int channel = ok ? at.channel0 + at.column : 0;
-  const act_t* u = p.u + at.b * p.u_b + (int64)at.k * p.u_k + channel;
-  const delta_t* delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
-  const act_t* B = p.B + at.b * p.B_b + (int64)at.k * p.B_k;
-  const act_t* C = p.C + at.b * p.C_b + (int64)at.k * p.C_k;
   const int64 y_offset = at.b * p.y_b + (int64)at.k * p.y_k + channel;
 #if GATE
   const act_t* z = p.z + at.b * p.z_b + (int64)at.k * p.z_k + channel;
   Rows raw_z;
 #endif
-  float a2[CPT][SPT], h[CPT][SPT], bias[VEC], skip[VEC];
+  float a2[CPT][SPT], h[CPT][SPT], skip[VEC];
   load_decay(p, at, a2);
   load_state(p, at, p.state_in, at.bkc, h);
-  load_columns(p.bias, p, at, bias);
   load_columns(p.D, p, at, skip);
   if (N != D_STATE)
     for (int i = at.lane; i < TILE_STEPS * N; i += 32) s.B[i] = s.C[i] = 0.f;
 
-  Rows raw_u;
-  DeltaRows raw_delta;
-  Projection raw_B, raw_C;
-  int tokens = load_tokens(p, at, at.first_step), next_tokens = load_tokens(p, at, at.first_step + TILE_STEPS);
-  auto load = [&](int first) {
-    raw_u.load(u, p.u_l, at, tokens, false, first);
-    raw_delta.load(delta, p.delta_l, at, tokens, STEP_ORDER, first);
-    raw_B.load(B, p.B_l, at, tokens, STEP_ORDER, first);
-    raw_C.load(C, p.C_l, at, tokens, STEP_ORDER, first);
+  Inputs in(p, at);
+  auto load = [&](int tokens, int first) {
+    const GroupRows rows(at, tokens, first);
+    in.load<true>(p, at, rows);
 #if GATE
-    raw_z.load(z, p.z_l, at, tokens, false, first);
+    raw_z.load(z, p.z_l, at, rows);
 #endif
   };
-  load(at.first_step);
+  int tokens = load_tokens(p, at, at.first_step), next_tokens = load_tokens(p, at, at.first_step + TILE_STEPS);
+  load(tokens, at.first_step);
   for (int first = at.first_step; first < at.end_step; first += TILE_STEPS) {
     const int current = tokens;
-#pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-      const int t = at.staged_step(i);
-      const bool valid = __shfl_sync(FULL_WARP, current, t) >= 0;
-      float f[VEC], x[VEC];
-      unpack(raw_delta.value[i], x);
-      unpack(raw_u.value[i], f);
-#pragma unroll
-      for (int v = 0; v < VEC; v++) x[v] = step_size(x[v] + bias[v], valid && ok);
-      store_floats<VEC>(s.x + t * CHANNELS + at.column, x);
-      store_floats<VEC>(s.u + t * CHANNELS + at.column, f);
-    }
-    raw_B.stage(s.B, at);
-    raw_C.stage(s.C, at);
+    in.stage<true>(s, p, at, current);
 #if GATE
-    Rows gate = raw_z;
+    const Rows gate = raw_z;
 #endif
     __syncwarp();
     tokens = next_tokens;
     next_tokens = load_tokens(p, at, first + 2 * TILE_STEPS);
-    if (first + TILE_STEPS < at.end_step) load(first + TILE_STEPS);
+    if (first + TILE_STEPS < at.end_step) load(tokens, first + TILE_STEPS);
 
 #pragma unroll
     for (int t = 0; t < TILE_STEPS; t++) {
@@ -82,10 +60,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_forwar
 #pragma unroll
         for (int j = 0; j < SPT; j++) {
           h[i][j] = decay_of(x[i], a2[i][j]) * h[i][j] + xu * b[j];  // h_t = exp(Delta A) h_{t-1} + Delta B u
-          y[i] += h[i][j] * cc[j];                                       // y_t = C h_t
+          y[i] += h[i][j] * cc[j];                                   // y_t = C h_t
         }
       }
-      store_output(s.y, at, t, y);
+      store_output(s.y, at, output_offset(at), t, y);
     }
     __syncwarp();
 #pragma unroll

@@ -8,7 +8,7 @@
 // The next group's loads are in flight while a group is computed. Warps share nothing but the sums of dB and dC.
 //
 // Macros: ACT, D_STATE, SPT, CPT, STEPS (register window of the backward), WINDOWS (windows a group), WARPS, VEC,
-// MIN_BLOCKS, DELTA_FLOAT (delta and its gradient in float32), SOFTPLUS, STEP_ORDER (step t reads row t of delta, B and
+// MIN_BLOCKS, CHECKPOINTS (of the backward, a group), DELTA_FLOAT (delta and its gradient in float32), SOFTPLUS, STEP_ORDER (step t reads row t of delta, B and
 // C), GATE (multiply by silu(z)), PARTIAL (write float32 partial results that a second kernel merges).
 #pragma once
 
@@ -35,7 +35,7 @@ struct ScanArgs {
   const int* order;               // (K, P)
   const float *state_in;          // (B, K, chunks, D, N) state before each chunk, or null for zero
   const float *adjoint_in;        // the same for the adjoint that enters at each chunk's end
-  void* y;                        // act_t, or float with PARTIAL; the backward's, with GATE: float (B, L, K, D)
+  void* y;                        // act_t, or float with PARTIAL; in the backward float y or act_t dz: see GATE there
   float* last_state;              // (B, K, D, N)
   float *carry_state, *carry_adjoint, *carry_delta;  // (B, K, chunks, D, N) twice, (B, K, chunks, D)
   void* du;                       // act_t, or float with PARTIAL
@@ -79,46 +79,110 @@ struct Place {
   }
 };
 
-// Lane t of the warp holds the token of step first + t, -1 where there is none.
+// The tokens of a group of steps: lane t holds that of step first + t, -1 where there is none.
 __device__ __forceinline__ int load_tokens(const ScanArgs& p, const Place& at, int first) {
   int t = first + at.lane;
   return at.lane < TILE_STEPS && t >= at.first_step && t < at.end_step ? p.order[(int64)at.k * p.P + t] : -1;
 }
 
-// One activation (u, delta, dy, z) of a group of steps, as loaded, in the staging layout. Steps without a token read
-// token 0: their Delta, C and dy are set to zero instead.
-template <class T, class R> struct RowsOf {
+// The tokens of the rows that a lane loads of a group. Where there is none, row 0 is read, or zeros of B and C: Delta, C
+// and dy are set to zero there.
+struct GroupRows {
+  int token[PER_LANE], projection_token[BC_PER_LANE], first;
+  __device__ __forceinline__ GroupRows(const Place& at, int tokens, int first_step) : first(first_step) {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) token[i] = __shfl_sync(FULL_WARP, tokens, at.staged_step(i));
+#pragma unroll
+    for (int i = 0; i < BC_PER_LANE; i++) projection_token[i] = __shfl_sync(FULL_WARP, tokens, (at.lane + 32 * i) / BC_ROW & 31);
+  }
+};
+
+// One activation (u, delta, dy, z) of a group of steps, as loaded, in the staging layout.
+template <class T, class R, bool BY_STEP> struct RowsOf {
   R value[PER_LANE];
-  __device__ __forceinline__ void load(const T* base, int stride, const Place& at, int tokens, bool by_step, int first) {
+  __device__ __forceinline__ void load(const T* base, int stride, const Place& at, const GroupRows& rows) {
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-      const int t = at.staged_step(i), token = __shfl_sync(FULL_WARP, tokens, t);
-      value[i] = *reinterpret_cast<const R*>(row_of(base, token >= 0 && by_step ? first + t : max(token, 0), stride));
+      const int row = BY_STEP ? (rows.token[i] >= 0 ? rows.first + at.staged_step(i) : 0) : max(rows.token[i], 0);
+      value[i] = *reinterpret_cast<const R*>(row_of(base, row, stride));
     }
   }
 };
-typedef RowsOf<act_t, Raw<VEC>> Rows;
-typedef RowsOf<delta_t, RawDelta<VEC>> DeltaRows;
+typedef RowsOf<act_t, Raw<VEC>, false> Rows;
+typedef RowsOf<delta_t, RawDelta<VEC>, STEP_ORDER> DeltaRows;
 
 // B or C of a group of steps: rows of D_STATE values that all lanes of a warp share.
 struct Projection {
   Raw<BC_VEC> value[BC_PER_LANE];
-  __device__ __forceinline__ void load(const act_t* base, int stride, const Place& at, int tokens, bool by_step, int first) {
+  __device__ __forceinline__ void load(const act_t* base, int stride, const Place& at, const GroupRows& rows) {
 #pragma unroll
     for (int i = 0; i < BC_PER_LANE; i++) {
-      const int e = at.lane + 32 * i, t = e / BC_ROW, n = (e % BC_ROW) * BC_VEC;
-      const int token = __shfl_sync(FULL_WARP, tokens, t & 31);
-      value[i] = t < TILE_STEPS && token >= 0 ? load_raw<BC_VEC>(row_of(base, by_step ? first + t : token, stride) + n) : raw_zero<BC_VEC>();
+      const int e = at.lane + 32 * i, t = e / BC_ROW, n = (e % BC_ROW) * BC_VEC, token = rows.projection_token[i];
+      const bool ok = (TILE_STEPS * BC_ROW % 32 == 0 || t < TILE_STEPS) && token >= 0;
+      value[i] = ok ? load_raw<BC_VEC>(row_of(base, STEP_ORDER ? rows.first + t : token, stride) + n) : raw_zero<BC_VEC>();
     }
   }
   __device__ __forceinline__ void stage(float* shared, const Place& at) const {
 #pragma unroll
     for (int i = 0; i < BC_PER_LANE; i++) {
-      int e = at.lane + 32 * i, t = e / BC_ROW, n = (e % BC_ROW) * BC_VEC;
+      const int e = at.lane + 32 * i, t = e / BC_ROW, n = (e % BC_ROW) * BC_VEC;
       float f[BC_VEC];
       unpack(value[i], f);
-      if (t < TILE_STEPS) store_floats<BC_VEC>(shared + t * N + n, f);
+      if (TILE_STEPS * BC_ROW % 32 == 0 || t < TILE_STEPS) store_floats<BC_VEC>(shared + t * N + n, f);
     }
+  }
+};
+
+// The per-channel parameters of a lane's columns in the staging layout.
+__device__ __forceinline__ void load_columns(const float* from, const ScanArgs& p, const Place& at, float f[VEC]) {
+#pragma unroll
+  for (int v = 0; v < VEC; v++) f[v] = from != nullptr && at.in_range(p) ? from[(int64)at.k * p.D_ + at.channel0 + at.column + v] : 0.f;
+}
+
+// What every walk reads: u, Delta and B, and C where it is asked for. A group's loads are in flight while the one before
+// it is computed.
+struct Inputs {
+  const act_t *u, *B, *C;
+  const delta_t* delta;
+  float bias[VEC];
+  Rows raw_u;
+  DeltaRows raw_delta;
+  Projection raw_B, raw_C;
+  __device__ __forceinline__ Inputs(const ScanArgs& p, const Place& at) {
+    const int channel = at.in_range(p) ? at.channel0 + at.column : 0;
+    u = p.u + at.b * p.u_b + (int64)at.k * p.u_k + channel;
+    delta = p.delta + at.b * p.delta_b + (int64)at.k * p.delta_k + channel;
+    B = p.B + at.b * p.B_b + (int64)at.k * p.B_k;
+    C = p.C + at.b * p.C_b + (int64)at.k * p.C_k;
+    load_columns(p.bias, p, at, bias);
+  }
+  template <bool WITH_C> __device__ __forceinline__ void load(const ScanArgs& p, const Place& at, const GroupRows& rows) {
+    raw_u.load(u, p.u_l, at, rows);
+    raw_delta.load(delta, p.delta_l, at, rows);
+    raw_B.load(B, p.B_l, at, rows);
+    if constexpr (WITH_C) raw_C.load(C, p.C_l, at, rows);
+  }
+  // Stages Delta, u, B and C in shared memory. Without a step Delta is 0, which leaves the state as it is.
+  template <bool WITH_C, class S> __device__ __forceinline__ void stage(S& s, const ScanArgs& p, const Place& at, int tokens) const {
+    const bool ok = at.in_range(p);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+      const int to = at.staged_step(i) * CHANNELS + at.column;
+      const bool valid = __shfl_sync(FULL_WARP, tokens, at.staged_step(i)) >= 0 && ok;
+      float f[VEC], x[VEC];
+      unpack(raw_delta.value[i], x);
+      unpack(raw_u.value[i], f);
+#pragma unroll
+      for (int v = 0; v < VEC; v++) {
+        x[v] += bias[v];
+        if (SOFTPLUS) x[v] = softplus(x[v]);
+        x[v] = valid ? x[v] : 0.f;
+      }
+      store_floats<VEC>(s.x + to, x);
+      store_floats<VEC>(s.u + to, f);
+    }
+    raw_B.stage(s.B, at);
+    if constexpr (WITH_C) raw_C.stage(s.C, at);
   }
 };
 
@@ -151,21 +215,10 @@ __device__ __forceinline__ void store_state(const ScanArgs& p, const Place& at, 
       if (at.channel(i) < p.D_ && at.q * SPT + j < D_STATE) to[at.state(p, lead, i) + j] = h[i][j];
 }
 
-// The per-channel parameters of a lane's columns in the staging layout.
-__device__ __forceinline__ void load_columns(const float* from, const ScanArgs& p, const Place& at, float f[VEC]) {
-#pragma unroll
-  for (int v = 0; v < VEC; v++) f[v] = from != nullptr && at.in_range(p) ? from[(int64)at.k * p.D_ + at.channel0 + at.column + v] : 0.f;
-}
-
-// Delta of one staged element: softplus(delta + bias), and 0 where there is no step, which leaves the state as it is.
-__device__ __forceinline__ float step_size(float v, bool valid) {
-  float x = SOFTPLUS ? softplus(v) : v;
-  return valid ? x : 0.f;
-}
-
-// Sum a step's outputs over the lanes that hold a channel's states, to the staging layout.
-__device__ __forceinline__ void store_output(float* shared, const Place& at, int t, float y[CPT]) {
-  const int kept = reduce_over_lanes<CPT, STATE_LANES, CHANNEL_LANES>(y, at.lane);
+// The outputs of a step, summed over the lanes that hold a channel's states, to the staging layout, at output_offset.
+__device__ __forceinline__ int output_offset(const Place& at) { return at.c * CPT + kept_by<CPT, STATE_LANES, CHANNEL_LANES>(at.lane); }
+__device__ __forceinline__ void store_output(float* shared, const Place& at, int offset, int t, float y[CPT]) {
+  reduce_over_lanes<CPT, STATE_LANES, CHANNEL_LANES>(y, at.lane);
   constexpr int KEPT = CPT > STATE_LANES ? CPT / STATE_LANES : 1, COPIES = STATE_LANES > CPT ? STATE_LANES / CPT : 1;
-  if (at.q % COPIES == 0) store_floats<KEPT>(shared + t * CHANNELS + at.c * CPT + kept, y);
+  if (at.q % COPIES == 0) store_floats<KEPT>(shared + t * CHANNELS + offset, y);
 }

@@ -39,12 +39,12 @@ def specialisations(architecture="sm_90"):
     for states in (1, 2, 4, 8, 16, 32, 64):
         for kind in ("forward", "backward"):
             for dtype in ACT:
-                for options in ({}, {"gate": True}, {"partial": True}):
+                for options in ({}, {"gate": 1}, {"partial": True}, *([{"gate": 2}] if kind == "backward" else [])):
                     quick = states in (1, 16) and dtype == BF16 and "partial" in options
                     macros = scan_macros(states, dtype, kind, architecture=architecture, **options)
                     found.append((f"scan_{kind}.cu", macros, quick))
             for which in range(1, len(scan.tilings_for(kind, states, architecture, True))):
-                macros = scan_macros(states, BF16, kind, which, architecture=architecture, gate=True)
+                macros = scan_macros(states, BF16, kind, which, architecture=architecture, gate=1)
                 found.append((f"scan_{kind}.cu", macros, False))
     found.append(("scan_forward.cu", scan_macros(3, vec=1), False))
     for dtype in ACT:

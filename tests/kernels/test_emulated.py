@@ -21,6 +21,8 @@ conv_torch = importlib.import_module("visionmamba.ops.causal_conv1d.pytorch")
 SCANS = {
     "vim": dict(path="h,h_flip", grid=(35,), channels=40, states=16),
     "vim_in_chunks": dict(path="h,h_flip", grid=(70,), batch=1, channels=40, states=16, multiprocessors=64),
+    "language": dict(path="h", grid=(29,), channels=36, states=16, own_input=True),
+    "a_gate_a_direction": dict(path="h,v", grid=(5, 5), channels=8, states=4, gates=2, merge=False),
     "cross": dict(path="h,v,h_flip,v_flip", grid=(9, 8), channels=34, states=1),
     "cross_bf16": dict(path="h,v", grid=(7, 7), channels=8, states=1, dtype=torch.bfloat16),
     "cross_in_rounds": dict(path="h,v", grid=(20, 30), batch=1, channels=16, states=1, gate=False),
@@ -40,7 +42,7 @@ def relative(actual, exact):
 
 @pytest.mark.parametrize("name", SCANS)
 def test_scan(name, monkeypatch):
-    case = dict(batch=2, merge=True, own_input=False, gate=True, step_order=False, rank=0, dtype=torch.float32)
+    case = dict(batch=2, merge=True, own_input=False, gate=True, gates=1, step_order=False, rank=0, dtype=torch.float32)
     case |= dict(multiprocessors=1) | SCANS[name]
     if "cut" in case:
         cuts = [tile.Cut(*case["cut"])]
@@ -56,7 +58,7 @@ def test_scan(name, monkeypatch):
         torch.randn(batch, tokens, directions, rank),
         torch.randn(batch, tokens, directions, states),
         torch.randn(batch, tokens, directions, states),
-        torch.randn(batch, tokens, channels) if case["gate"] else None,
+        torch.randn(batch, tokens, *([directions] if case["gates"] > 1 else []), channels) if case["gate"] else None,
     ]
     u, delta, B, C, z = (x if x is None else x.to(case["dtype"]) for x in activations)
     A, D, bias = (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -37,6 +38,13 @@ def _struct(wide: int, narrow: int) -> struct.Struct:
     return struct.Struct(f"={wide}q{narrow}i" + ("4x" if narrow % 2 else ""))
 
 
+@cache
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
 _REFUSED = (1, 200, 209, 218, 701)
 """CUresults of launches that the driver refuses (value, image, binary, PTX, resources): nothing ran."""
 
@@ -51,6 +59,7 @@ class Kernel:
 
     def __init__(self, handle: Any, library: Any) -> None:
         self._handle, self._library = handle, library
+        self._resident: dict[int, int] = {}
 
     def launch(self, blocks: int, threads: int, arguments: Arguments, stream: int, shared_bytes: int = 0) -> None:
         """Launch the kernel.
@@ -62,8 +71,7 @@ class Kernel:
             stream: The stream's address.
             shared_bytes: Dynamic shared memory.
         """
-        from cuda.bindings import driver
-
+        driver = _driver()
         packed = ctypes.create_string_buffer(arguments.pack())
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
         (status,) = driver.cuLaunchKernel(
@@ -75,11 +83,12 @@ class Kernel:
 
     def resident_blocks(self, threads: int) -> int:
         """Return how many blocks of that many threads a multiprocessor runs at a time."""
-        from cuda.bindings import driver
-
-        status, blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._handle, threads, 0)
-        _check(status, "asking for a kernel's occupancy")
-        return max(1, blocks)
+        if threads not in self._resident:
+            driver = _driver()
+            status, blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._handle, threads, 0)
+            _check(status, "asking for a kernel's occupancy")
+            self._resident[threads] = max(1, blocks)
+        return self._resident[threads]
 
 
 class Launcher:
@@ -119,8 +128,7 @@ class Launcher:
         return kernel
 
     def _load(self, file: str, name: str, macros: Mapping[str, int], shared_bytes: int) -> Kernel:
-        from cuda.bindings import driver
-
+        driver = _driver()
         cubin = compile_cubin(file, macros, self.architecture)
         status, library = driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0)
         _check(status, f"loading {file}")
@@ -135,23 +143,24 @@ class Launcher:
         _check(status, f"binding {name} to the device's context")
         return Kernel(function, library)
 
-    def resident_blocks(self, file: str, name: str, macros: Mapping[str, int], threads: int) -> int:
-        """Return how many blocks of a kernel (without dynamic shared memory) a multiprocessor runs at a time."""
-        with torch.cuda.device(self.device):
-            self._enter()
-            return self.kernel(file, name, macros).resident_blocks(threads)
-
-    def _enter(self) -> None:
-        """Make the device's context current: a thread of autograd's may not have entered it yet."""
-        from cuda.bindings import driver
-
-        _, current = driver.cuCtxGetCurrent()
-        if int(current) != int(self._context):
-            _check(driver.cuCtxSetCurrent(self._context)[0], "entering the device's context")
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        """Make the device and its context current: a thread of autograd's may not have entered it yet."""
+        driver, here = _driver(), torch.cuda.current_device() == self.device.index
+        with contextlib.nullcontext() if here else torch.cuda.device(self.device):
+            _, current = driver.cuCtxGetCurrent()
+            if int(current) != int(self._context):
+                _check(driver.cuCtxSetCurrent(self._context)[0], "entering the device's context")
+            yield
 
     def stream(self) -> int:
         """Return the address of torch's current stream on the device."""
         return torch.cuda.current_stream(self.device).cuda_stream
+
+    def resident_blocks(self, file: str, name: str, macros: Mapping[str, int], threads: int) -> int:
+        """Return how many blocks of a kernel (without dynamic shared memory) a multiprocessor runs at a time."""
+        with self._current():
+            return self.kernel(file, name, macros).resident_blocks(threads)
 
     def run(
         self,
@@ -165,11 +174,9 @@ class Launcher:
     ) -> None:
         """Launch a kernel on torch's current stream; compile it first if need be."""
         if blocks:
-            with torch.cuda.device(self.device):
-                self._enter()
-                self.kernel(file, name, macros, shared_bytes).launch(
-                    blocks, threads, arguments, self.stream(), shared_bytes
-                )
+            with self._current():
+                kernel = self.kernel(file, name, macros, shared_bytes)
+                kernel.launch(blocks, threads, arguments, self.stream(), shared_bytes)
 
 
 def _check(status: Any, what: str) -> None:
@@ -179,8 +186,7 @@ def _check(status: Any, what: str) -> None:
 
 def _primary_context(index: int) -> Any:
     """Return the context that torch uses on a device."""
-    from cuda.bindings import driver
-
+    driver = _driver()
     torch.cuda.current_stream(index)  # torch sets its context up
     status, device = driver.cuDeviceGet(index)
     _check(status, f"finding device {index}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Tiling:
         warps: Warps a block.
         min_blocks: Blocks a multiprocessor that registers must suffice for.
         warps_wanted: Warps a multiprocessor from which it is preferred to those after it.
+        every_window: Whether the backward keeps the state before every register window, or only before every group.
     """
 
     spt: int
@@ -42,6 +43,7 @@ class Tiling:
     warps: int
     min_blocks: int = 1
     warps_wanted: int = 6
+    every_window: bool = False
 
     def channels(self, states: int) -> int:
         """Channels of a warp."""
@@ -50,6 +52,11 @@ class Tiling:
     @property
     def tile_steps(self) -> int:
         return self.steps * self.windows
+
+    @property
+    def checkpoints(self) -> int:
+        """States that the backward keeps of a group of steps."""
+        return self.windows if self.every_window else 1
 
 
 # By states (a power of two): the first tiling that gives every multiprocessor the warps it wants; where none does, the
@@ -68,12 +75,16 @@ _BACKWARD_TILINGS = {
     1: [Tiling(1, 1, 16, 1, 3)],
     2: [Tiling(2, 1, 8, 1, 4)],
     4: [Tiling(4, 1, 8, 1, 4)],
-    8: [Tiling(8, 1, 4, 2, 4, 3)],
-    16: [Tiling(8, 1, 4, 2, 4, 3, 12), Tiling(8, 1, 4, 2, 4, 2), Tiling(8, 1, 4, 4, 3, 3, 0)],
+    8: [Tiling(4, 2, 4, 2, 4, 3, 6, True)],
+    16: [Tiling(8, 1, 4, 2, 4, 3, 12, True), Tiling(4, 2, 4, 2, 4, 2, 6, True), Tiling(4, 2, 4, 2, 4, 3, 0, True)],
     32: [Tiling(8, 1, 4, 2, 4)],
     64: [Tiling(8, 2, 2, 4, 3)],
 }
-_GATED_BACKWARD_TILINGS = {16: [Tiling(4, 2, 4, 2, 4, 3, 12)]}  # before the others where there is a gate
+_GATED_BACKWARD_TILINGS = {  # before the others where there is a gate, which takes shared memory and registers
+    1: [Tiling(1, 1, 16, 1, 2, 1, 0)],
+    8: [Tiling(4, 2, 4, 2, 4, 2, 0, True)],
+    16: [Tiling(4, 2, 4, 2, 4, 3, 12, True)],
+}
 _WARPS_WANTED = 6
 _MIN_CHUNK = 64
 
@@ -116,7 +127,7 @@ def macros(
     vec: int,
     flags: dict[str, int],
     *,
-    gate: bool = False,
+    gate: int = 0,
     partial: bool = False,
 ) -> dict[str, int]:
     """Return the macros of a specialisation of a kernel file."""
@@ -130,10 +141,28 @@ def macros(
         "WARPS": tiling.warps,
         "VEC": vec,
         "MIN_BLOCKS": tiling.min_blocks,
+        "CHECKPOINTS": tiling.checkpoints,
         **flags,
-        "GATE": int(gate),
+        "GATE": gate,
         "PARTIAL": int(partial),
     }
+
+
+def _fit(tiling: Tiling, channels: int, states: int, vec: int) -> tuple[Tiling, int]:
+    """Leave as few warps of a block idle as can be; return the blocks that the channels take, too."""
+    tiling = fit_vector(tiling, states, vec)
+    needed = -(-channels // tiling.channels(states))
+    warps = min(range(tiling.warps, 0, -1), key=lambda warps: -(-needed // warps) * warps)
+    return replace(tiling, warps=warps), -(-needed // warps)
+
+
+@lru_cache(maxsize=1024)
+def _cut(
+    kind: str, rows: int, channels: int, states: int, vec: int, gate: bool, architecture: str, processors: int
+) -> tuple[Tiling, int]:
+    """Choose how to cut a walk of ``rows`` paths; return the blocks that the channels of a path take, too."""
+    cuts = [_fit(x, channels, states, vec) for x in tilings_for(kind, states, architecture, gate)]
+    return next((x for x in cuts if rows * x[1] * x[0].warps >= x[0].warps_wanted * processors), cuts[0])
 
 
 class _Scan(Call):
@@ -149,30 +178,16 @@ class _Scan(Call):
 
     def __init__(self, kind: str, *arguments, gate: Tensor | None, merge: bool, others=()):
         super().__init__(*arguments, others=[gate, *others])
-        processors = self.launcher.multiprocessors
+        self.kernel = f"scan_{kind}"
         self.partial = self.needs_merge(merge)
         self.gate = None if kind == "forward" and self.partial else gate  # else the merge applies it
-        tilings = tilings_for(kind, self.states, self.launcher.architecture, self.gate is not None)
-        tilings = [self._fit(x) for x in tilings]
-        self.tiling = next((x for x in tilings if self._warps(x) >= x.warps_wanted * processors), tilings[0])
-        self.tiles = self._tiles(self.tiling)
+        self.gate_is_shared = self.gate is not None and self.gate.dim() == 3 and self.directions > 1
+        sizes = (self.batch * self.directions, self.channels, self.states, self.vec, self.gate is not None)
+        self.tiling, self.tiles = _cut(kind, *sizes, self.launcher.architecture, self.launcher.multiprocessors)
         self.threads = 32 * self.tiling.warps
-        flags = dict(gate=self.gate is not None, partial=self.partial)
-        self.macros = macros(self.u.dtype, self.states, self.tiling, self.vec, self.flags, **flags)
-        self.kernel = f"scan_{kind}"
-
-    def _tiles(self, tiling: Tiling) -> int:
-        return -(-self.channels // (tiling.warps * tiling.channels(self.states)))
-
-    def _warps(self, tiling: Tiling) -> int:
-        """Warps of an unchunked walk."""
-        return self.batch * self.directions * self._tiles(tiling) * tiling.warps
-
-    def _fit(self, tiling: Tiling) -> Tiling:
-        """Leave as few warps of a block idle as can be."""
-        tiling = fit_vector(tiling, self.states, self.vec)
-        needed = -(-self.channels // tiling.channels(self.states))
-        return replace(tiling, warps=min(range(tiling.warps, 0, -1), key=lambda warps: -(-needed // warps) * warps))
+        gated = 0 if self.gate is None else 1 if kind == "forward" or self.gate_is_shared else 2
+        options = dict(gate=gated, partial=self.partial)
+        self.macros = macros(self.u.dtype, self.states, self.tiling, self.vec, self.flags, **options)
 
     @cached_property
     def chunking(self) -> tuple[int, int]:
@@ -272,11 +287,13 @@ def _backward(scan: _Scan, dy: Tensor, dlast: Tensor | None, initial: Tensor | N
     dparams = scan.empty(scan.batch * scan.chunks, scan.directions * scan.channels * (scan.states + 2))
     dstate = None if initial is None else torch.empty_like(initial)
     groups = scan.chunking[1] // scan.tiling.tile_steps
-    checkpoints = scan.empty(scan.blocks * scan.threads * groups * scan.tiling.cpt * scan.tiling.spt)
+    held = scan.tiling.cpt * scan.tiling.spt * scan.tiling.checkpoints
+    checkpoints = scan.empty(scan.blocks * scan.threads * groups * held)
     y = None
-    if scan.gate is not None:  # its gradient needs the ungated output, which this walk computes on the way
+    if scan.gate is not None:  # its gradient, or the ungated outputs that it takes, which this walk computes on the way
         shape = (scan.batch, scan.num_tokens, scan.directions, scan.channels)
-        y = scan.empty(*shape, zero=not scan.visits.complete)
+        dtype = torch.float32 if scan.gate_is_shared else scan.gate.dtype
+        y = scan.empty(*shape, dtype=dtype, zero=not scan.visits.complete)
     arguments = scan.arguments(
         dy=dy, y=y, du=du, state_in=state, adjoint_in=adjoint, ddelta=ddelta, dBC=dBC, dparams=dparams,
         dstate=dstate, checkpoints=checkpoints,
@@ -284,7 +301,8 @@ def _backward(scan: _Scan, dy: Tensor, dlast: Tensor | None, initial: Tensor | N
     scan.run(scan.kernel, arguments)
     if scan.partial:
         du = scan.merged(du)
-    dz = None if scan.gate is None else scan.gate_gradient(dy, y, scan.gate)
+    dz = scan.gate_gradient(dy, y, scan.gate) if scan.gate_is_shared else y
+    dz = dz if scan.gate is None else dz.view(scan.gate.shape)
     return du, ddelta, *scan.projections(dBC, scan.tiles), *scan.parameters(dparams), dstate, dz
 
 
