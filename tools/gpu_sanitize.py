@@ -1,39 +1,56 @@
-"""One small call of each CUDA kernel, for compute-sanitizer."""
+"""A small call of every CUDA kernel, for compute-sanitizer."""
 
 from __future__ import annotations
 
 import torch
 
-from visionmamba.ops import backend, causal_conv1d, selective_scan
+from visionmamba.ops import backend, causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from visionmamba.ops.scan_path import scan_path
 
 
-def scan(
-    path: str, grid: tuple[int, ...], tokens: int, directions: int, states: int, gate: bool, dtype: torch.dtype
-) -> None:
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Draw a leaf."""
+    return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+
+
+def scan(path: str, grid: tuple[int, ...], states: int, dtype: torch.dtype, gate: bool = False, rank: int = 0) -> None:
     """Run the scan's forward and backward on random inputs."""
-    batch, channels = 2, 40
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
-
-    u, z = random(batch, tokens, channels), random(batch, tokens, channels) if gate else None
-    delta = random(batch, tokens, directions, channels)
-    B, C = (random(batch, tokens, directions, states) for _ in range(2))
+    table = scan_path(path, grid)
+    batch, tokens, directions, channels = 2, table.num_tokens, table.num_directions, 40
+    u, z = random(batch, tokens, channels, dtype=dtype), random(batch, tokens, channels, dtype=dtype) if gate else None
+    delta = random(batch, tokens, directions, rank or channels, dtype=dtype)
+    B, C = (random(batch, tokens, directions, states, dtype=dtype) for _ in range(2))
     A = (-torch.rand(directions, channels, states, device="cuda")).requires_grad_()
-    D = torch.ones(directions, channels, device="cuda", requires_grad=True)
-    y, last_state = selective_scan(u, delta, A, B, C, D, z, path=path, grid=list(grid))
+    D, weight = random(directions, channels), random(directions, channels, rank) if rank else None
+    state = random(batch, directions, channels, states)
+    options = dict(dt_weight=weight, initial_state=state, path=path, grid=list(grid))
+    y, last_state = selective_scan(u, delta, A, B, C, D, z, **options)
     (y.float().sum() + last_state.sum()).backward()
+
+
+def decode(dtype: torch.dtype) -> None:
+    """Run the single-step updates."""
+    with torch.no_grad():
+        state, x = torch.randn(2, 40, 16, device="cuda"), random(2, 40, dtype=dtype)
+        A, B = -torch.rand(40, 16, device="cuda"), random(2, 16, dtype=dtype)
+        selective_state_update(state, x, x, A, B, B)
+        state = torch.randn(2, 40, 3, device="cuda").to(dtype)
+        causal_conv1d_update(x, state, torch.randn(40, 4, device="cuda"), None, "silu")
 
 
 def main() -> None:
     with backend("cuda"):
         for dtype in (torch.float32, torch.bfloat16):
             for states in (1, 16):
-                scan("h,v,h_flip,v_flip", (7, 9), 63, 4, states, False, dtype)
-                scan("h", (300,), 300, 1, states, True, dtype)
-            x = torch.randn(2, 37, 24, device="cuda").to(dtype).requires_grad_()
-            weight = torch.randn(2, 24, 4, device="cuda", requires_grad=True)
-            causal_conv1d(x, weight, path="h,h_flip")[0].float().sum().backward()
+                scan("h,v,h_flip,v_flip", (7, 9), states, dtype)
+                scan("h,h_flip", (33,), states, dtype, gate=True, rank=3)
+                scan("h", (300,), states, dtype, gate=True)
+                scan("w3,h", (5, 7), states, dtype)
+            scan("h,v", (5, 7), 5, dtype)
+            scan("h", (2100,), 1, dtype)
+            x = random(2, 37, 24, dtype=dtype)
+            causal_conv1d(x, random(2, 24, 4), path="h,h_flip")[0].float().sum().backward()
+            decode(dtype)
     torch.cuda.synchronize()
     print("ran every kernel")
 
