@@ -31,28 +31,27 @@ template <int V> __device__ __forceinline__ void merge(const MergeArgs& p) {
   const int64 row = divide(index, columns, column);
   const int d = column * V;
   const float* from = p.partial + row * p.K * p.D + d;
-  float y[V], f[V];
+  float y[V], f[V], gate[V];
+  if (p.z != nullptr) {
+    const int64 b = divide(row, p.L, l);
+    unpack(load_raw<V>(p.z + b * p.z_b + (int64)l * p.z_l + d), gate);
+  }
   load_floats<V>(from, y);
+#pragma unroll 4
   for (int k = 1; k < p.K; k++) {
     load_floats<V>(from + (int64)k * p.D, f);
 #pragma unroll
     for (int v = 0; v < V; v++) y[v] += f[v];
   }
   if (p.z != nullptr) {
-    const int64 b = divide(row, p.L, l);
-    const act_t* z = p.z + b * p.z_b + (int64)l * p.z_l + d;
 #pragma unroll
-    for (int v = 0; v < V; v++) y[v] *= silu(to_float(z[v]));
+    for (int v = 0; v < V; v++) y[v] *= silu(gate[v]);
   }
-  if constexpr (V == 4) {
-    store_act<2>(p.y + row * p.D + d, y);
-    store_act<2>(p.y + row * p.D + d + 2, y + 2);
-  } else {
-    store_act<1>(p.y + row * p.D + d, y);
-  }
+  store_act<V>(p.y + row * p.D + d, y);
 }
 
 extern "C" __global__ void __launch_bounds__(256) merge_directions_1(const __grid_constant__ MergeArgs p) { merge<1>(p); }
+extern "C" __global__ void __launch_bounds__(256) merge_directions_2(const __grid_constant__ MergeArgs p) { merge<2>(p); }
 extern "C" __global__ void __launch_bounds__(256) merge_directions_4(const __grid_constant__ MergeArgs p) { merge<4>(p); }
 
 struct ProjectionArgs {

@@ -95,7 +95,7 @@ def merge_directions(launcher: Launcher, partial: Tensor, dtype: torch.dtype, z:
     batch, num_tokens, directions, channels = partial.shape
     y = torch.empty((batch, num_tokens, channels), dtype=dtype, device=partial.device)
     z_b, z_l = (0, 0) if z is None else z.stride()[:2]
-    vec = 4 if channels % 4 == 0 else 1
+    vec = _vector(channels, 0, [z], [])
     count = batch * num_tokens
     arguments = Arguments(
         (pointer(partial), pointer(z), pointer(y), count, z_b), (directions, channels, num_tokens, z_l)
