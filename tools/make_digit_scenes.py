@@ -17,7 +17,9 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from visionmamba.data.digits import DIGIT_NAMES, Digits, load_digits
 _INK = 0.35  # an interpolated digit's pixels above this belong to it
 _MIN_VISIBLE = 0.5  # a digit of which less is seen is no object
 _TRIES = 20
+_CHUNK = 50  # scenes that a process draws at a time
 
 
 def texture(size: int, rng: np.random.Generator) -> np.ndarray:
@@ -112,19 +115,23 @@ def _annotation(label: int, mask: np.ndarray, image_id: int, identifier: int) ->
     }  # fmt: skip
 
 
-def _write_scene(digits: Digits, folder: Path, size: int, seed: Sequence[int]) -> list[tuple[int, np.ndarray]]:
-    """Write one scene and its label map; return the visible digits and their masks. The last seed is its number."""
-    scene, objects = compose(digits, size, np.random.default_rng(seed))
+def _write_scene(
+    image_id: int, digits: Digits, folder: Path, size: int, seed: Sequence[int]
+) -> list[tuple[int, np.ndarray]]:
+    """Write one scene and its label map; return the visible digits and their masks."""
+    scene, objects = compose(digits, size, np.random.default_rng([*seed, image_id]))
     labels = np.zeros((size, size), np.uint8)
     for label, mask in objects:
         labels[mask] = label + 1
     for kind, image in (("images", scene), ("labels", labels)):
-        Image.fromarray(image).save(folder / kind / f"{seed[-1]:06d}.png", compress_level=1)
+        Image.fromarray(image).save(folder / kind / f"{image_id:06d}.png", compress_level=1)
     return objects
 
 
-def write_split(digits: Digits, folder: Path, count: int, size: int, seed: Sequence[int]) -> None:
-    """Write the scenes, label maps and annotations of one split, several scenes at a time.
+def write_split(
+    digits: Digits, folder: Path, count: int, size: int, seed: Sequence[int], executor: Executor | None = None
+) -> None:
+    """Write the scenes, label maps and annotations of one split.
 
     Args:
         digits: To choose from.
@@ -132,22 +139,25 @@ def write_split(digits: Digits, folder: Path, count: int, size: int, seed: Seque
         count: Number of scenes.
         size: Their side in pixels.
         seed: Of the split; a scene's own is this and its number, so that the order of work does not matter.
+        executor: Draws several scenes at a time.
     """
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
     annotations = []
-    with ThreadPoolExecutor() as pool:
-        scenes = pool.map(lambda image_id: _write_scene(digits, folder, size, [*seed, image_id]), range(count))
-        for image_id, objects in enumerate(scenes):
-            for label, mask in objects:
-                annotations.append(_annotation(label, mask, image_id, len(annotations) + 1))
+    write = partial(_write_scene, digits=digits, folder=folder, size=size, seed=seed)
+    scenes = executor.map(write, range(count), chunksize=_CHUNK) if executor else map(write, range(count))
+    for image_id, objects in enumerate(scenes):
+        for label, mask in objects:
+            annotations.append(_annotation(label, mask, image_id, len(annotations) + 1))
     images = [{"id": i, "file_name": f"{i:06d}.png", "height": size, "width": size} for i in range(count)]
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(DIGIT_NAMES)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "annotations.json").write_text(json.dumps(content))
 
 
-def make_digit_scenes(out: Path, train: int = 2000, val: int = 300, size: int = 256, seed: int = 0) -> None:
+def make_digit_scenes(
+    out: Path, train: int = 2000, val: int = 300, size: int = 256, seed: int = 0, workers: int = 0
+) -> None:
     """Write the whole set.
 
     Args:
@@ -156,6 +166,7 @@ def make_digit_scenes(out: Path, train: int = 2000, val: int = 300, size: int = 
         val: Scenes to validate on.
         size: Their side in pixels, at least 64.
         seed: The same seed gives the same files.
+        workers: Processes to draw with; 0: this one.
 
     Raises:
         FileExistsError: The folder exists.
@@ -166,13 +177,16 @@ def make_digit_scenes(out: Path, train: int = 2000, val: int = 300, size: int = 
     if size < 64 or min(train, val) < 1:
         raise ValueError(f"size, train and val: expected at least 64, 1 and 1, got {size}, {train} and {val}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    executor = ProcessPoolExecutor(workers, get_context("spawn")) if workers else None
     try:
         for i, (name, digits, count) in enumerate(zip(("train", "val"), load_digits(seed), (train, val), strict=True)):
-            write_split(digits, partial / name, count, size, [seed, i])
-        partial.rename(out)
+            write_split(digits, unfinished / name, count, size, [seed, i], executor)
+        unfinished.rename(out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if executor:
+            executor.shutdown()
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def main() -> None:
@@ -183,6 +197,7 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=300, help="scenes to validate on (300)")
     parser.add_argument("--size", type=int, default=256, help="side of the scenes in pixels (256)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes to draw with (0: this one)")
     options = parser.parse_args()
     try:
         make_digit_scenes(**vars(options))

@@ -3,9 +3,13 @@
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
 custom_imports = dict(imports=["visionmamba.openmmlab"], allow_failed_imports=False)
 
+few_proposals = dict(nms_pre=500, max_per_img=200)  # a scene has at most six digits
 model = dict(
     backbone=dict(_delete_=True, type="VisionMambaBackbone", model_name="", drop_path_rate=0.1),
-    roi_head=dict(bbox_head=dict(num_classes=10), mask_head=dict(num_classes=10)),
+    neck=dict(norm_cfg=dict(type="BN")),
+    roi_head=dict(bbox_head=dict(num_classes=10), mask_head=dict(num_classes=10, norm_cfg=dict(type="BN"))),
+    train_cfg=dict(rpn_proposal=few_proposals, rcnn=dict(sampler=dict(num=128))),
+    test_cfg=dict(rpn=few_proposals, rcnn=dict(max_per_img=30)),
 )
 
 data_root = "data/digit_scenes/"
@@ -60,12 +64,12 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=4e-4, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=3e-4, weight_decay=0.05),
     paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=200),
-    dict(type="CosineAnnealingLR", T_max=36, eta_min=4e-6, by_epoch=True, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", T_max=36, eta_min=3e-6, by_epoch=True, convert_to_iter_based=True),
 ]
 randomness = dict(seed=0)
