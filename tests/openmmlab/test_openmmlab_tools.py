@@ -1,6 +1,7 @@
 """The command line tools for detection and segmentation, and the digit scenes that they are tried on."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +163,28 @@ def test_killed_trainings_resume(tmp_path):
     completed = subprocess.run(command, capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr[-3000:]
     assert completed.stdout.count("killed, resumed, nothing lost") == 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_without_a_gpu(scenes, tmp_path):
+    """By torchrun, with gloo: each sees its half of the batches, both together are validated."""
+    pytest.importorskip("visionmamba.openmmlab", reason=_REASON, exc_type=ImportError)
+    settings = ("num_workers=0", "persistent_workers=False", f"dataset.data_root={scenes}/")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+        str(ROOT / "tools/seg_train.py"), str(SEGMENTATION), "--launcher", "pytorch",
+        "--work-dir", str(tmp_path / "work"), "--cfg-options",
+        *(f"{name}_dataloader.{setting}" for name in ("train", "val", "test") for setting in settings),
+        "model.backbone.model_name=test_vmamba", "model.decode_head.in_channels=[24,48,64,96]",
+        "model.decode_head.channels=16", "model.auxiliary_head.in_channels=64",
+        "model.data_preprocessor.size=(96,96)", "train_dataloader.batch_size=2", "train_cfg.max_iters=2",
+        "train_dataloader.dataset.pipeline.2.scale=(96,96)", "train_dataloader.dataset.pipeline.3.crop_size=(96,96)",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    output = completed.stdout + completed.stderr
+    assert "Distributed training: True" in output
+    assert "GPU number: 2" in output
+    assert output.count("mIoU: ") == 1
+    assert (tmp_path / "work/iter_2.pth").is_file()

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn as nn
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
@@ -59,9 +60,24 @@ def build_model(config: Config) -> nn.Module:
     return MODELS.build(config.model)
 
 
+def _start_cpu_processes(config: Config) -> None:
+    """Let several processes train without a GPU: mmengine's own start of them sets a CUDA device."""
+    if config.get("launcher", "none") != "pytorch" or torch.cuda.is_available() or torch.distributed.is_initialized():
+        return
+    torch.distributed.init_process_group("gloo")
+    config.model_wrapper_cfg = {
+        "type": "MMDistributedDataParallel",
+        "device_ids": None,
+        "broadcast_buffers": False,
+        "find_unused_parameters": config.get("find_unused_parameters", False),
+        **config.get("model_wrapper_cfg", {}),
+    }
+
+
 def build_runner(config: Config) -> Runner:
     """Build a config's runner."""
     register(config)
+    _start_cpu_processes(config)
     return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
 
 
