@@ -29,9 +29,10 @@ FORWARD = [
     scan.Tiling(16, 1, 8, 1, 3),
 ]  # fmt: skip
 BACKWARD = [
-    scan.Tiling(8, 1, 4, 2, 4, 3), scan.Tiling(8, 1, 4, 2, 4, 2), scan.Tiling(8, 1, 4, 4, 3, 3),
-    scan.Tiling(8, 1, 4, 4, 3, 4), scan.Tiling(4, 2, 4, 2, 4, 3), scan.Tiling(4, 1, 8, 2, 3, 4),
-]  # fmt: skip
+    scan.Tiling(*cut, every_window=every_window)
+    for cut in ((8, 1, 4, 2, 4, 3), (8, 1, 4, 2, 4, 2), (4, 2, 4, 2, 4, 3), (4, 2, 4, 2, 4, 2))
+    for every_window in (False, True)
+]
 ROWS = ["vim_t", "plainmamba", "language_2k", "language_64k"]
 
 
@@ -50,6 +51,8 @@ def measure(job: tuple[str, str, object], timer: Timer | None) -> float | str:
     else:
         table = scan._FORWARD_TILINGS if kind == "forward" else scan._BACKWARD_TILINGS
         table[16] = [way]
+        scan._GATED_BACKWARD_TILINGS.pop(16, None)
+        scan._cut.cache_clear()
     try:
         inputs = make_inputs(CASES[case], torch.bfloat16)
         options = (CASES[case].path, list(CASES[case].grid), True, True, False)
