@@ -29,7 +29,7 @@ def test_a_position_embedding_is_fitted_to_the_size(run, tmp_path):
     [
         (["test_vmmba"], "did you mean test_vmamba"),
         (["test_vmamba", "--format", "tf"], "--format: expected one of onnx, pt2, aoti, got 'tf'"),
-        (["test_vmamba", "--size", "64by32"], "--size: expected HxW such as 224x224, got '64by32'"),
+        (["test_vmamba", "--size", "64by32"], "--size: expected a size such as 224 or 160x224, got '64by32'"),
         (["test_vmamba", "--checkpoint", "missing.pth"], "--checkpoint: no such file: missing.pth"),
         (["test_vmamba", "--out", "/proc/none/x.onnx"], "--out: cannot write"),
         (["test_vmamba", "--format", "pt2"], "its authors published no weights"),

@@ -7,19 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ._arguments import parse_size
 from ._common import CommandError, JsonOption, check_model_name, check_writable, console, one_line, print_json
 
 if TYPE_CHECKING:
     from torch import nn
 
 _FORMATS = ("onnx", "pt2", "aoti")
-
-
-def _parse_size(size: str) -> tuple[int, int]:
-    sides = size.lower().split("x")
-    if len(sides) in (1, 2) and all(side.isdecimal() and int(side) > 0 for side in sides):
-        return int(sides[0]), int(sides[-1])
-    raise CommandError(f"--size: expected HxW such as 224x224, got {size!r}")
 
 
 def _check_model(name: str, checkpoint: Path | None) -> None:
@@ -70,7 +64,7 @@ def export(
         raise CommandError(f"--format: expected one of {', '.join(_FORMATS)}, got {format!r}")
     if random_weights and checkpoint is not None:
         raise CommandError("--random-weights and --checkpoint exclude each other")
-    side = _parse_size(size) if size else None
+    side = parse_size(size) if size else None
     from visionmamba.export import FORMATS, ExportError, compare_with_eager, export_model, missing_requirement
 
     _check_model(model, checkpoint)
