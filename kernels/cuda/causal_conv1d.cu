@@ -5,6 +5,11 @@
 // gradient is written as one float32 part a direction, which a second kernel sums).
 #include "common.cuh"
 
+__device__ __forceinline__ float silu_slope(float z) {
+  float s = sigmoid(z);
+  return s * (1.f + z * (1.f - s));
+}
+
 constexpr int PAST = WIDTH - 1;
 
 struct ConvArgs {

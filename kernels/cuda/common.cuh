@@ -20,7 +20,6 @@ typedef uint16 act_t;
 
 #ifndef VM_EMULATE
 __device__ __forceinline__ float exp2_approx(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-__device__ __forceinline__ float log2_approx(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float rcp_approx(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float half_to_float(uint16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
 __device__ __forceinline__ uint16 float_to_half(float x) { uint16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
@@ -272,11 +271,6 @@ __device__ __forceinline__ float sigmoid(float z) {
 
 __device__ __forceinline__ float silu(float z) { return z * sigmoid(z); }
 
-__device__ __forceinline__ float silu_slope(float z) {
-  float s = sigmoid(z);
-  return s * (1.f + z * (1.f - s));
-}
-
 // Sum M values each over `lanes` lanes (powers of two) whose numbers differ by multiples of `stride`, by halving: each
 // exchange sends the half that the partner keeps, so M values cost about M shuffles, not M log(lanes).
 // A lane ends with max(1, M / LANES) values summed; the first of them, kept_by(lane), is returned.
@@ -303,11 +297,4 @@ template <int M, int LANES, int STRIDE> __device__ __forceinline__ int reduce_ov
 template <int M, int LANES, int STRIDE> __device__ __forceinline__ int kept_by(int lane) {
   if constexpr (LANES == 1 || M == 1) return 0;
   else return (lane & (LANES / 2) * STRIDE ? M / 2 : 0) + kept_by<M / 2, LANES / 2, STRIDE>(lane);
-}
-
-// Hides from the compiler where a value comes from, so that it keeps it in a register instead of computing it again.
-__device__ __forceinline__ void keep_in_register(int& value) {
-#ifndef VM_EMULATE
-  asm volatile("" : "+r"(value));
-#endif
 }

@@ -12,20 +12,24 @@ constexpr int HELD = CPT * SPT;                          // states of a lane
 constexpr bool EVERY_WINDOW = CHECKPOINTS == WINDOWS;    // a checkpoint before every window, or only before every group
 static_assert(EVERY_WINDOW || CHECKPOINTS == 1, "checkpoints are of windows or of groups");
 
-// GATE 1: the gates are shared by directions, whose ungated outputs y a second kernel sums; 2: a gate has one direction,
-// and its gradient is written here.
+// GATE 1: directions share the gates, and the parts of their gradient are float32 and merged by a second kernel; 2: a gate
+// has one direction, whose gradient is written here.
 struct __align__(16) BackwardShared {
   float x[TILE_STEPS * CHANNELS], u[TILE_STEPS * CHANNELS], dy[TILE_STEPS * CHANNELS], slope[TILE_STEPS * CHANNELS];
 #if GATE
-  float y[TILE_STEPS * CHANNELS];
-#endif
-#if GATE == 2
-  float dgate[TILE_STEPS * CHANNELS];  // dL/dy silu'(z), with y the gated output
+  float y[TILE_STEPS * CHANNELS], dgate[TILE_STEPS * CHANNELS];  // the ungated output; the output's gradient times silu'(z)
 #endif
   float from_B[TILE_STEPS * CHANNELS], from_A[TILE_STEPS * CHANNELS], B[TILE_STEPS * N], C[TILE_STEPS * N];
 };
 
-// Shared memory as a lane sees it: `offset` floats further, which it computes once.
+// Hides from the compiler where a value comes from, so that it keeps it in a register instead of computing it again.
+__device__ __forceinline__ void keep_in_register(int& value) {
+#ifndef VM_EMULATE
+  asm volatile("" : "+r"(value));
+#endif
+}
+
+// Shared memory as a lane sees it: `offset` bytes further, which it computes once.
 __device__ __forceinline__ BackwardShared& seen_from(BackwardShared* shared, int offset) {
   keep_in_register(offset);
   return *reinterpret_cast<BackwardShared*>(reinterpret_cast<char*>(shared) + offset);
@@ -89,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
   Rows raw_dy;
 #if GATE
   const act_t* z = p.z + at.b * p.z_b + (int64)at.k * p.z_k + channel;
-  const int64 y_offset = at.b * p.y_b + (int64)at.k * p.y_k + channel;
+  const int64 dz_offset = at.b * p.y_b + (int64)at.k * p.y_k + channel;
   Rows raw_z;
 #endif
   float starts[WINDOWS][CPT][SPT], (&h)[CPT][SPT] = starts[0];  // the state before each window of a group
@@ -174,8 +178,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
         g[v] = out * (gate[v] * sigma);
         gate[v] = out * (sigma * (1.f + gate[v] * (1.f - sigma)));
       }
-#endif
-#if GATE == 2
       store_floats<VEC>(staged.dgate + to, gate);
 #endif
 #pragma unroll
@@ -285,18 +287,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
       load_floats<VEC>(staged.from_B + from, from_B);
       load_floats<VEC>(staged.from_A + from, from_A);
 #if GATE
-      float y[VEC];
+      float y[VEC], dz[VEC];
       load_floats<VEC>(staged.y + from, y);
+      load_floats<VEC>(staged.dgate + from, dz);
 #pragma unroll
-      for (int v = 0; v < VEC; v++) y[v] += skip[v] * f[v];
+      for (int v = 0; v < VEC; v++) dz[v] *= y[v] + skip[v] * f[v];
 #if GATE == 2
-      float dgate[VEC];
-      load_floats<VEC>(staged.dgate + from, dgate);
-#pragma unroll
-      for (int v = 0; v < VEC; v++) y[v] *= dgate[v];
-      if (valid) store_act<VEC>(row_of((act_t*)p.y + y_offset, token, p.y_l), y);
+      if (valid) store_act<VEC>(row_of((act_t*)p.y + dz_offset, token, p.y_l), dz);
 #else
-      if (valid) store_floats<VEC>(row_of((float*)p.y + y_offset, token, p.y_l), y);
+      if (valid) store_floats<VEC>(row_of((float*)p.y + dz_offset, token, p.y_l), dz);
 #endif
 #endif
 #pragma unroll

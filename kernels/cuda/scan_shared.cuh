@@ -35,7 +35,7 @@ struct ScanArgs {
   const int* order;               // (K, P)
   const float *state_in;          // (B, K, chunks, D, N) state before each chunk, or null for zero
   const float *adjoint_in;        // the same for the adjoint that enters at each chunk's end
-  void* y;                        // act_t, or float with PARTIAL; in the backward float y or act_t dz: see GATE there
+  void* y;                        // act_t, or float with PARTIAL; the backward's dL/dz, act_t or float: see GATE there
   float* last_state;              // (B, K, D, N)
   float *carry_state, *carry_adjoint, *carry_delta;  // (B, K, chunks, D, N) twice, (B, K, chunks, D)
   void* du;                       // act_t, or float with PARTIAL
@@ -46,12 +46,13 @@ struct ScanArgs {
   float* checkpoints;             // scratch
   int64 u_b, delta_b, B_b, C_b, z_b, dy_b, y_b, du_b;  // strides: _b and _k in elements, _l in bytes
   int u_l, u_k, delta_l, delta_k, B_l, B_k, C_l, C_k, z_l, z_k, dy_l, dy_k, y_l, y_k, du_l, du_k;
-  int L, P, D_, K, chunks, chunk_steps, tiles, pad;
+  int L, P, D_, K, chunks, chunk_steps, tiles;
+  int pairs;                      // PAIRED: the two directions of pair i, four bits each, from bit 8 i on
 };
 
 // Where this warp works.
 struct Place {
-  int b, k, chunk, tile, first_step, end_step, lane, warp;
+  int b, k, pair, chunk, tile, first_step, end_step, lane, warp;
   int channel0;                   // first channel of the warp
   int c, q;                       // compute layout: channel lane and state lane
   int column;                     // staging layout: first channel, relative to channel0
@@ -59,11 +60,21 @@ struct Place {
   __device__ __forceinline__ Place(const ScanArgs& p) {
     int64 block = blockIdx.x;
     tile = (int)(block % p.tiles); block /= p.tiles;
+#ifdef PAIRED
+    pair = (int)(block % (p.K / 2)); block /= p.K / 2;
+    k = p.pairs >> (8 * pair + 4 * (threadIdx.x >> 5)) & 15;
+#else
+    pair = 0;
     k = (int)(block % p.K); block /= p.K;
+#endif
     chunk = (int)(block % p.chunks);
     b = (int)(block / p.chunks);
     lane = threadIdx.x & 31; warp = threadIdx.x >> 5;
+#ifdef PAIRED
+    channel0 = tile * CHANNELS;
+#else
     channel0 = (tile * WARPS + warp) * CHANNELS;
+#endif
     c = lane % CHANNEL_LANES; q = lane / CHANNEL_LANES;
     column = (lane % ROW_LANES) * VEC;
     first_step = chunk * p.chunk_steps;

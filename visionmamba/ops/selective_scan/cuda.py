@@ -12,10 +12,10 @@ from .. import cuda_runtime
 from ..backend import Implementation, register_implementation
 from ..cuda_runtime import Arguments, pointer
 from . import cuda_tile
-from .cuda_call import ACT, Call, rows, strides, visits
+from .cuda_call import ACT, Call, reversed_pairs, rows, strides, visits
 from .dt_projection import expand_delta, expand_delta_backward
 
-__all__ = ["Tiling", "backward", "fit_vector", "forward", "macros", "tilings_for"]
+__all__ = ["Tiling", "backward", "fit_vector", "forward", "macros", "pair_cut", "tilings_for"]
 
 _MAX_STATES = 64
 _INT32 = 2**31 - 1
@@ -86,6 +86,7 @@ _GATED_BACKWARD_TILINGS = {  # before the others where there is a gate, which ta
     16: [Tiling(4, 2, 4, 2, 4, 3, 12, True)],
 }
 _WARPS_WANTED = 6
+_PAIRED_WARPS_WANTED = 12
 _MIN_CHUNK = 64
 
 
@@ -165,6 +166,23 @@ def _cut(
     return next((x for x in cuts if rows * x[1] * x[0].warps >= x[0].warps_wanted * processors), cuts[0])
 
 
+@lru_cache(maxsize=1024)
+def pair_cut(channels: int, states: int, vec: int, tokens: int, most_bytes: int) -> tuple[Tiling, int, int] | None:
+    """Choose how ``scan_paired.cu`` cuts the channels; return the blocks that they take and their outputs' bytes, too.
+
+    None where the outputs of all tokens leave room for too few blocks.
+    """
+    first = _FORWARD_TILINGS[_padded(states)][0]
+    tiling = fit_vector(replace(first, cpt=min(first.cpt, 2), warps=2), states, vec)
+    width = tiling.channels(states)
+    outputs = 4 * (tokens + 1) * width
+    staged = 2 * 4 * tiling.tile_steps * 2 * (width + _padded(states))
+    resident = most_bytes // (outputs + staged + 1024)
+    if 2 * resident < _PAIRED_WARPS_WANTED:
+        return None
+    return replace(tiling, min_blocks=min(resident, _PAIRED_WARPS_WANTED // 2 + 1)), -(-channels // width), outputs
+
+
 class _Scan(Call):
     """A call of ``scan_forward.cu`` or ``scan_backward.cu``: its tiles, chunks and argument struct.
 
@@ -178,7 +196,7 @@ class _Scan(Call):
 
     def __init__(self, kind: str, *arguments, gate: Tensor | None, merge: bool, others=()):
         super().__init__(*arguments, others=[gate, *others])
-        self.kernel = f"scan_{kind}"
+        self.kernel, self.pairs, self.shared_bytes = f"scan_{kind}", (), 0
         self.partial = self.needs_merge(merge)
         self.gate = None if kind == "forward" and self.partial else gate  # else the merge applies it
         self.gate_is_shared = self.gate is not None and self.gate.dim() == 3 and self.directions > 1
@@ -211,7 +229,7 @@ class _Scan(Call):
 
     @property
     def blocks(self) -> int:
-        return self.batch * self.chunks * self.directions * self.tiles
+        return self.batch * self.chunks * (len(self.pairs) or self.directions) * self.tiles
 
     def arguments(self, *, dy=None, y=None, du=None, **others: Tensor | None) -> Arguments:
         """Lay out ``ScanArgs``."""
@@ -228,10 +246,34 @@ class _Scan(Call):
         wide = (*pointers, *(stride[0] for stride in all_strides))
         narrow = [value for stride in all_strides for value in stride[1:]]
         narrow += [self.num_tokens, self.num_steps, self.channels, self.directions, *self.chunking]
-        return Arguments(wide, (*narrow, self.tiles, 0))
+        pairs = sum((first | second << 4) << 8 * i for i, (first, second) in enumerate(self.pairs))
+        return Arguments(wide, (*narrow, self.tiles, pairs))
 
     def run(self, name: str, arguments: Arguments) -> None:
-        self.launcher.run(f"{self.kernel}.cu", name, self.macros, self.blocks, self.threads, arguments)
+        file, threads, shared_bytes = f"{self.kernel}.cu", self.threads, self.shared_bytes
+        self.launcher.run(file, name, self.macros, self.blocks, threads, arguments, shared_bytes)
+
+    def pair_directions(self, z: Tensor | None) -> bool:
+        """Turn a forward whose directions are merged to ``scan_paired.cu``, where that suits; return whether it did."""
+        pairs = reversed_pairs(self.path, self.grid) if self.partial else ()
+        cut = pair_cut(self.channels, self.states, self.vec, self.num_tokens, self.launcher.shared_bytes)
+        if not pairs or cut is None or self.chunks > 1:
+            return False
+        tiling, tiles, shared_bytes = cut
+        if self.batch * len(pairs) * tiles * 2 < _WARPS_WANTED * self.launcher.multiprocessors:
+            return False
+        self.kernel, self.pairs, self.shared_bytes = "scan_paired", pairs, shared_bytes
+        self.tiling, self.tiles, self.threads = tiling, tiles, 64
+        self.partial = len(pairs) > 1
+        self.gate = None if self.partial else z
+        gate = int(self.gate is not None)
+        self.macros = macros(self.u.dtype, self.states, tiling, self.vec, self.flags, gate=gate, partial=self.partial)
+        return True
+
+    def pair_output(self) -> Tensor:
+        """Allocate the result of all pairs, or their float32 parts."""
+        shape = (self.batch, self.num_tokens, len(self.pairs), self.channels)
+        return self.empty(*shape) if self.partial else self.empty(*shape[:2], shape[3], dtype=self.u.dtype)
 
     def carries(self, initial: Tensor | None, dy: Tensor | None = None, dlast: Tensor | None = None):
         """Return the states that enter each chunk and, given ``dy``, the adjoints that enter each chunk's end."""
@@ -270,9 +312,11 @@ def forward(
     tile = _tile_plan("forward", scan, merge)
     if tile is not None:
         return cuda_tile.forward(scan, tile, z, initial, merge)
-    y = scan.output(merge)
     last = scan.empty(scan.batch, scan.directions, scan.channels, scan.states)
-    state, _ = scan.carries(initial)
+    if scan.pair_directions(z):
+        y, state = scan.pair_output(), initial
+    else:
+        y, (state, _) = scan.output(merge), scan.carries(initial)
     scan.run(scan.kernel, scan.arguments(y=y, state_in=state, last_state=last))
     return scan.merged(y, z) if scan.partial else y, last
 
@@ -289,20 +333,20 @@ def _backward(scan: _Scan, dy: Tensor, dlast: Tensor | None, initial: Tensor | N
     groups = scan.chunking[1] // scan.tiling.tile_steps
     held = scan.tiling.cpt * scan.tiling.spt * scan.tiling.checkpoints
     checkpoints = scan.empty(scan.blocks * scan.threads * groups * held)
-    y = None
-    if scan.gate is not None:  # its gradient, or the ungated outputs that it takes, which this walk computes on the way
+    dz = None
+    if scan.gate is not None:  # the ungated output that it takes is computed on the way
         shape = (scan.batch, scan.num_tokens, scan.directions, scan.channels)
         dtype = torch.float32 if scan.gate_is_shared else scan.gate.dtype
-        y = scan.empty(*shape, dtype=dtype, zero=not scan.visits.complete)
+        dz = scan.empty(*shape, dtype=dtype, zero=not scan.visits.complete)
     arguments = scan.arguments(
-        dy=dy, y=y, du=du, state_in=state, adjoint_in=adjoint, ddelta=ddelta, dBC=dBC, dparams=dparams,
+        dy=dy, y=dz, du=du, state_in=state, adjoint_in=adjoint, ddelta=ddelta, dBC=dBC, dparams=dparams,
         dstate=dstate, checkpoints=checkpoints,
     )  # fmt: skip
     scan.run(scan.kernel, arguments)
     if scan.partial:
         du = scan.merged(du)
-    dz = scan.gate_gradient(dy, y, scan.gate) if scan.gate_is_shared else y
-    dz = dz if scan.gate is None else dz.view(scan.gate.shape)
+    if scan.gate is not None:
+        dz = scan.merged(dz) if scan.gate_is_shared else dz.view(scan.gate.shape)
     return du, ddelta, *scan.projections(dBC, scan.tiles), *scan.parameters(dparams), dstate, dz
 
 

@@ -14,7 +14,18 @@ from .. import cuda_runtime
 from ..cuda_runtime import Arguments, Launcher, pointer
 from ..scan_path import scan_order, scan_path
 
-__all__ = ["ACT", "Call", "Visits", "merge_directions", "padded_order", "rows", "strides", "sum_rows", "visits"]
+__all__ = [
+    "ACT",
+    "Call",
+    "Visits",
+    "merge_directions",
+    "padded_order",
+    "reversed_pairs",
+    "rows",
+    "strides",
+    "sum_rows",
+    "visits",
+]
 
 ACT = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The kernels' macro ACT."""
@@ -38,6 +49,26 @@ def visits(path: str, grid: tuple[int, ...]) -> Visits:
     return Visits(
         bool((counts >= 1).all()), bool((total <= 1).all()), bool((total >= 1).all()), bool((counts > 1).any())
     )
+
+
+@lru_cache(maxsize=512)
+def reversed_pairs(path: str, grid: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Return the path's directions as pairs of one and its reverse, or nothing if some direction has no partner.
+
+    Only where every direction visits every token once.
+    """
+    table = scan_path(path, grid)
+    if table.num_steps != table.num_tokens or not visits(path, grid).complete:
+        return ()
+    left, pairs = list(range(table.num_directions)), []
+    while left:
+        k = left.pop(0)
+        partner = next((i for i in left if (table.order[i] == table.order[k][::-1]).all()), None)
+        if partner is None:
+            return ()
+        left.remove(partner)
+        pairs.append((k, partner))
+    return tuple(pairs)
 
 
 def rows(x: Tensor | None) -> Tensor | None:
@@ -180,19 +211,6 @@ class Call:
     def merged(self, partial: Tensor, z: Tensor | None = None) -> Tensor:
         """Sum (B, L, K, D) over the directions, and multiply by silu(z)."""
         return merge_directions(self.launcher, partial, self.u.dtype, z)
-
-    def gate_gradient(self, dout: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        """Return the gradient of z for out = y silu(z), with y in float32, (B, L, K or 1, D)."""
-        gates = z.shape[2] if z.dim() == 4 else 1
-        dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-        z_b, z_l, z_k = z.stride()[:3] if z.dim() == 4 else (*z.stride()[:2], 0)
-        dout_b, dout_l, dout_k = dout.stride()[:3] if dout.dim() == 4 else (*dout.stride()[:2], 0)
-        rows = self.batch * self.num_tokens * gates
-        wide = (*map(pointer, (y, z, dout, dz)), rows, z_b, dout_b)
-        narrow = (z_l, z_k, dout_l, dout_k, self.channels, self.num_tokens, gates, y.shape[2] // gates)
-        blocks = -(-rows * (self.channels // self.widest) // 256)
-        self._merge_kernel(f"gate_gradient_{self.widest}", blocks, Arguments(wide, narrow))
-        return dz
 
     def projections(self, partial: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
         """Sum the channel blocks' (B, K, tiles, L, 2N) to dB and dC, (B, L, K, N)."""
