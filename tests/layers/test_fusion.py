@@ -1,13 +1,16 @@
 """Norms on GPUs and what they are joined with: the same results as PyTorch's separate operators."""
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from visionmamba.layers import LayerNorm, StreamLayerNorm, StreamRMSNorm, before_linear, norm
 from visionmamba.layers.fusion import fuses, unwatched
-from visionmamba.layers.norm import add_norm, joins
+from visionmamba.layers.norm import _joins as joins
+from visionmamba.layers.norm import add_norm
+from visionmamba.models import vmamba
 from visionmamba.ops.channel_norm import channel_norm
 
 
@@ -53,7 +56,9 @@ def test_sum_and_norm_together(fused):
     total, out = add_norm(x, added, layer)
     torch.testing.assert_close(total, x + added)
     torch.testing.assert_close(out, layer(x + added))
+    assert add_norm(x, None, layer)[0] is x
     layer.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(add_norm(x, added, layer), (total, out))
     assert not unwatched(layer)
     assert not joins(x, added, layer)
 
@@ -87,3 +92,20 @@ def test_bad_input_is_named():
         channel_norm(x, weight, added=torch.ones(4))
     with pytest.raises(TypeError, match="x: expected dtype"):
         channel_norm(x.int(), weight)
+
+
+def test_blocks_of_vmamba_leave_additions_to_each_other(monkeypatch):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vmamba", drop_path_rate=0.0).train()
+    x, results = torch.randn(2, 3, 32, 32), []
+    for joined in (False, True):
+        for module in (norm, vmamba):
+            monkeypatch.setattr(module, "fuses", lambda _x, compiled, joined=joined: joined)
+        model.zero_grad()
+        y = model(x)
+        y.square().mean().backward()
+        results.append([y.detach(), *(p.grad for p in model.parameters())])
+        assert model.stages[0]._joins(x) == joined
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    model.stages[0].blocks[0].register_forward_hook(lambda *_: None)
+    assert not model.stages[0]._joins(x)

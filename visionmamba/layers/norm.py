@@ -15,7 +15,7 @@ from timm.layers import register_notrace_function
 from ..ops.channel_norm import channel_norm
 from .fusion import fuses, unwatched
 
-__all__ = ["LayerNorm", "add_norm", "before_linear", "joins"]
+__all__ = ["LayerNorm", "add_norm", "before_linear"]
 
 
 def _narrowed(dtype: torch.dtype, narrow: bool) -> torch.dtype:
@@ -96,20 +96,26 @@ def before_linear(norm: nn.Module) -> nn.Module:
     return norm
 
 
-def joins(x: torch.Tensor, added: torch.Tensor, norm: nn.Module) -> bool:
-    """Whether :func:`add_norm` runs for an addition to a stream and the norm after it."""
+def _joins(x: torch.Tensor, added: torch.Tensor, norm: nn.Module) -> bool:
+    """Whether an addition to a stream and the norm after it are one operator."""
     if type(norm) is not LayerNorm or not unwatched(norm) or not fuses(x, compiled=False):
         return False
     return x.shape == added.shape and x.dtype == torch.promote_types(x.dtype, added.dtype)
 
 
-def add_norm(x: torch.Tensor, added: torch.Tensor, norm: LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``x + added`` and its norm, from one kernel.
+def add_norm(x: torch.Tensor, added: torch.Tensor | None, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``x + added`` and its norm, from one operator where that can be.
 
     Args:
         x: Residual stream, ``(..., C)``.
-        added: What a block adds to it.
+        added: What a block adds to it; None for nothing.
         norm: The norm.
     """
-    out, total = channel_norm(x, norm.weight, norm.bias, norm.eps, added=added, dtype=_narrowed(x.dtype, norm.narrow))
+    if added is None:
+        return x, norm(x)
+    if not _joins(x, added, norm):
+        x = x + added
+        return x, norm(x)
+    dtype = _narrowed(x.dtype, norm.narrow)
+    out, total = channel_norm(x, norm.weight, norm.bias, norm.eps, added=added, dtype=dtype)
     return total, out
