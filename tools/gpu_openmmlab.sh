@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Detection and segmentation on one GPU: tools/gpu_openmmlab.sh OUT [part ...]
 #
-# Parts: ops bench det seg families (all by default), each of which fits into ten minutes. TINY=1 rehearses everything on the
-# CPU in a few minutes with micro models. Trainings stopped by a time limit go on where they were when the part is run again.
-# What is worth keeping is small and lies in OUT/report; scenes, logs and checkpoints in OUT/work.
+# Parts: ops bench det seg families (all by default), each of which fits into ten minutes; det and seg train for TIME seconds
+# (300). TINY=1 rehearses everything on the CPU in a few minutes. What is worth keeping is small and lies in OUT/report;
+# scenes, logs and checkpoints in OUT/work.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: tools/gpu_openmmlab.sh OUT [part ...]}
@@ -27,7 +27,7 @@ run() { # name, command...: a log of its own, the last lines shown
 
 if [ -n "$tiny" ]; then
   export CUDA_VISIBLE_DEVICES=""
-  det_scenes=(--train 6 --val 2 --size 96) bench=(--shape 96 128 --steps 1 --warmup 1) epochs=1 iterations=8 short=1 interval=2
+  det_scenes=(--train 6 --val 2 --size 96) bench=(--shape 96 128 --steps 1 --warmup 1) seconds=8 short=1 interval=2
   small=(train_dataloader.batch_size=2 train_dataloader.num_workers=0 train_dataloader.persistent_workers=False
     val_dataloader.num_workers=0 val_dataloader.persistent_workers=False test_dataloader.num_workers=0
     test_dataloader.persistent_workers=False default_hooks.logger.interval=2)
@@ -35,25 +35,26 @@ if [ -n "$tiny" ]; then
   seg_small=("${small[@]}" "train_dataloader.dataset.pipeline.2.scale=(96,96)" "train_dataloader.dataset.pipeline.3.crop_size=(96,96)"
     "model.data_preprocessor.size=(96,96)")
 else
-  det_scenes=() bench=() epochs=${EPOCHS:-36} iterations=${ITERATIONS:-4000} short=4 interval=25 small=() det_small=() seg_small=()
+  det_scenes=(--workers 12) bench=() seconds=${TIME:-300} short=4 interval=10 small=() det_small=() seg_small=()
 fi
 [ -d "$scenes" ] || run scenes "$python" tools/make_digit_scenes.py "$scenes" "${det_scenes[@]}" || exit 1
 roots=(train_dataloader.dataset.data_root="$scenes/" val_dataloader.dataset.data_root="$scenes/"
   test_dataloader.dataset.data_root="$scenes/")
 anns=(val_evaluator.ann_file="$scenes/val/annotations.json" test_evaluator.ann_file="$scenes/val/annotations.json")
 det_configs=configs/detection/digit_scenes
-main_det=$det_configs/mask-rcnn_vmamba-t-s1l8_fpn_1xb16-36e_digit-scenes.py
-main_seg=configs/segmentation/digit_scenes/vmamba-t-s1l8_upernet_1xb16-4k_digit-scenes-256x256.py
+main_det=$det_configs/mask-rcnn_vmamba-t-s1l8_fpn_1xb16-5min_digit-scenes.py
+main_seg=configs/segmentation/digit_scenes/vmamba-t-s1l8_upernet_1xb16-5min_digit-scenes-256x256.py
 
-train_det() { # name, config, epochs
-  run "$1" "$python" tools/det_train.py "$2" --work-dir "$work/$1" --resume --cfg-options "${roots[@]}" "${anns[@]}" "${det_small[@]}" \
-    train_cfg.max_epochs="$3" train_cfg.val_interval="$(($3 < 6 ? $3 : 6))" param_scheduler.1.T_max="$3" \
-    default_hooks.checkpoint.max_keep_ckpts=1 default_hooks.logger.interval="$interval"
+train() { # det or seg, name, config, option...
+  local tool=$1 name=$2 config=$3
+  shift 3
+  run "$name" "$python" "tools/${tool}_train.py" "$config" --work-dir "$work/$name" --cfg-options "${roots[@]}" \
+    default_hooks.logger.interval="$interval" "$@"
 }
 
-pictures() { # name, checkpoint: predictions on six scenes that were held out
+pictures() { # name: predictions on six scenes that were held out
   rm -rf "$work/held_out" && mkdir -p "$work/held_out" && cp "$scenes"/val/images/00000[0-5].png "$work/held_out" 2>/dev/null
-  run "$1_pictures" "$python" tools/infer_folder.py "$work/$1"/*.py "$work/$1/$2" "$work/held_out" "$report/$1" --score-thr 0.5
+  run "$1_pictures" "$python" tools/infer_folder.py "$work/$1"/*.py "$work/$1"/iter_*.pth "$work/held_out" "$report/$1" --score-thr 0.5
 }
 
 for part in $parts; do
@@ -64,23 +65,22 @@ for part in $parts; do
       run bench "$python" tools/bench_det.py --output "$report/bench_fp32.json" "${bench[@]}"
       [ -n "$tiny" ] || run bench_amp "$python" tools/bench_det.py --amp --output "$report/bench_amp.json" "${bench[@]}" ;;
     det)
-      train_det det "$main_det" "$epochs" && pictures det "epoch_$epochs.pth"
+      train det det "$main_det" "${anns[@]}" "${det_small[@]}" custom_hooks.0.seconds="$seconds" && pictures det
       run det_report "$python" tools/training_report.py "$report/det_curves" "$work/det" ;;
     seg)
-      run seg "$python" tools/seg_train.py "$main_seg" --work-dir "$work/seg" --resume --cfg-options "${roots[@]}" "${seg_small[@]}" \
-        train_cfg.max_iters="$iterations" train_cfg.val_interval="$(((iterations + 3) / 4))" param_scheduler.1.end="$iterations" \
-        param_scheduler.0.end="$((iterations / 20 + 1))" param_scheduler.1.begin="$((iterations / 20 + 1))" \
-        default_hooks.checkpoint.interval="$(((iterations + 3) / 4))" default_hooks.checkpoint.max_keep_ckpts=1 &&
-        pictures seg "iter_$iterations.pth"
+      train seg seg "$main_seg" "${seg_small[@]}" custom_hooks.0.seconds="$seconds" && pictures seg
       run seg_report "$python" tools/training_report.py "$report/seg_curves" "$work/seg" ;;
     families) # one model of each other family, 500 steps: the loss has to fall
       works=()
-      for config in "$det_configs"/*.py; do
-        [ "$config" = "$main_det" ] && continue
+      for config in "$det_configs"/*36e*.py; do
         name=$(basename "$config" _1xb16-36e_digit-scenes.py)
-        train_det "$name" "$config" "$short"
+        [ "$name" = mask-rcnn_vmamba-t-s1l8_fpn ] && continue
+        train det "$name" "$config" "${anns[@]}" "${det_small[@]}" train_cfg.max_epochs="$short" \
+          train_cfg.val_interval="$short" param_scheduler.1.T_max="$short" default_hooks.checkpoint.max_keep_ckpts=1 &
         works+=("$work/$name")
+        [ $((${#works[@]} % 3)) -eq 0 ] && wait
       done
+      wait
       run families_report "$python" tools/training_report.py "$report/families" "${works[@]}" ;;
     *) echo "$part: not a part; expected ops, bench, det, seg or families" >&2; exit 2 ;;
   esac
