@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_ops import provenance
 
 from visionmamba.language import MambaConfig, MambaLMHeadModel
 from visionmamba.ops import mamba_chunk_scan_combined
@@ -35,7 +36,7 @@ _MAMBA_130M = {"d_model": 768, "n_layer": 24, "vocab_size": 50277}
 def _environment() -> dict[str, str]:
     import triton
 
-    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    return provenance() | {"triton": triton.__version__}
 
 
 def _ssd_inputs(batch: int, length: int, heads: int, head_dim: int, states: int) -> dict[str, torch.Tensor]:

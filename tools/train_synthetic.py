@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from bench_ops import provenance
 
 from visionmamba.language import MambaLMHeadModel
 from visionmamba.language.synthetic import TASKS
@@ -144,8 +145,7 @@ def _command(task: str) -> None:
 
 
 def _environment(device: str) -> dict[str, str]:
-    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
-    return {"device": name, "torch": torch.__version__}
+    return provenance() if torch.device(device).type == "cuda" else {"gpu": "none", "torch": torch.__version__}
 
 
 for _task in TASKS:
