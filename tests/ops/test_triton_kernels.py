@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -61,29 +62,53 @@ def _compile(kernel, architecture, options, **constants):
     return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
+needs_compiler = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
+)
+
+
+def _ssd_kernels(dtype, head_dim, states, **flags):
+    """Every SSD kernel with the constants and options of a call."""
+    from visionmamba.kernels.triton import ssd
+
+    from visionmamba.ops.ssd.triton import _tiling
+
+    x, B = torch.empty(1, 1, 1, head_dim, dtype=dtype), torch.empty(1, 1, 1, 1, states, dtype=dtype)
+    precision = "ieee" if dtype == torch.float32 else "tf32"
+    for kernel, constants in (
+        (ssd.ssd_forward, {"SKIP": 2, "GATE": True, "STATE": True}),
+        (ssd.ssd_states, {"REVERSE": True}),
+        (ssd.ssd_gradients, {"SKIP": 1}),
+        (ssd.ssd_shared_gradients, {}),
+    ):
+        tiling = _tiling(x, B, 1024, backward=kernel is not ssd.ssd_forward)
+        sizes = {"Q": tiling.chunk, "BLOCK_P": tiling.block_p, "BLOCK_N": tiling.block_n}
+        warps = tiling.shared_warps if kernel is ssd.ssd_shared_gradients else tiling.warps
+        common = {"BIAS": True, "PACKED": True, "SOFTPLUS": True, "PRECISION": precision} | flags
+        yield kernel, {"num_warps": warps, "num_stages": 2}, sizes | common | constants
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "states"), [(torch.bfloat16, 256), (torch.float32, 128)])
+def test_the_largest_states_fit_into_shared_memory(dtype, states):
+    from visionmamba.ops.ssd import triton
+
+    arguments = (None,) * 16
+    B = torch.empty(1, 1, 1, 1, states, dtype=dtype)
+    assert triton._supports(torch.empty(1, 1, 1, 128, dtype=dtype), None, None, B, *arguments[3:]) is None
+    assert triton._supports(torch.empty(1, 1, 1, 256, dtype=dtype), None, None, B, *arguments[3:]) is not None
+    for kernel, options, constants in _ssd_kernels(dtype, 128, states):
+        assert _compile(kernel, 90, options, **constants).metadata.shared <= 227 * 1024
+
+
+@needs_compiler
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
 def test_compiles(architecture):
     from visionmamba.kernels.triton import norm, ssd, state_update
 
-    common = {
-        "Q": 64,
-        "BLOCK_P": 64,
-        "BLOCK_N": 64,
-        "BIAS": True,
-        "PACKED": True,
-        "SOFTPLUS": True,
-        "PRECISION": "tf32",
-    }
-    wide = {"num_warps": 8, "num_stages": 2}
-    for kernel, constants in (
-        (ssd.ssd_forward, common | {"SKIP": 2, "GATE": True, "STATE": True}),
-        (ssd.ssd_states, common | {"REVERSE": True}),
-        (ssd.ssd_gradients, common | {"SKIP": 1}),
-        (ssd.ssd_shared_gradients, common),
-    ):
-        compiled = _compile(kernel, architecture, wide, **constants)
-        assert "mma" in compiled.asm["ptx"]
+    for kernel, options, constants in _ssd_kernels(torch.bfloat16, 64, 64):
+        assert "mma" in _compile(kernel, architecture, options, **constants).asm["ptx"]
     flags = {"BLOCK": 1024, "BIAS": False, "RMS": True}
     narrow = {"num_warps": 4}
     _compile(ssd.ssd_pass, architecture, narrow, BLOCK=1024, FIRST=True, REVERSE=True)
