@@ -30,9 +30,15 @@ def _needs(format):
         pytest.skip(missing)
 
 
+@torch.no_grad()
 def _model(name):
+    """Create a model with weights whose outputs are of the order of 1 and depend on the image."""
     torch.manual_seed(0)
-    return timm.create_model(name).eval()
+    model = timm.create_model(name).eval()
+    for key, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "A_log" not in key:
+            parameter.add_(torch.randn_like(parameter), alpha=0.5 * parameter[0].numel() ** -0.5)
+    return model
 
 
 def _sizes(model):
