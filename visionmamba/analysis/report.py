@@ -131,7 +131,7 @@ def plan(
     modes = ("infer", "train") if training else ("infer",)
     rest = (precision, channels_last)
     return Plan(
-        [Setting(name, mode, _own_size(name), batch, run, *rest) for run in runs for name in models for mode in modes],
+        [Setting(name, mode, _own_size(name), batch, run, *rest) for run in runs for mode in modes for name in models],
         [Setting(name, "infer", tuple(size), 1, runs[-1], *rest) for name in sweep for size in sizes],
     )
 
