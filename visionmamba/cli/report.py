@@ -108,7 +108,8 @@ def _measure(planned: Plan, out: Path, device: torch.device, timing: Timing) -> 
     results = _open(out, device)
     measured = Measurement(environment=results.environment)
     with progress(transient=True) as bar:
-        settings = list(dict.fromkeys(planned.sweep + planned.table))
+        first = [setting for setting in planned.table if setting.run == planned.table[0].run]
+        settings = list(dict.fromkeys([*first, *planned.sweep, *planned.table]))
         task = bar.add_task("measuring", total=len(settings))
 
         def notify(setting: Setting, row: dict[str, Any]) -> None:
