@@ -58,30 +58,43 @@ def _rows_of(ptr, token, stride, columns, valid, width):
 
 
 @triton.jit
-def _decays(log_decay, segment_ptr, rows, start, steps, Q: tl.constexpr, PACKED: tl.constexpr):
-    """Decays into, out of and through a chunk, the running log-decay (float64), and the sequence of each step."""
-    total = tl.cumsum(log_decay.to(tl.float64), axis=0)
+def _sum_and_last(sum1, last1, sum2, last2):
+    return sum1 + sum2, last2
+
+
+@triton.jit
+def _decays(step, A, segment_ptr, rows, start, steps, Q: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Running log-decay, decays into, out of and through a chunk, and the step size and sequence of each step.
+
+    Neighbours in a long running sum differ by few of its digits: float32 inputs take it in float64.
+    """
+    log_decay = step * A
+    if PRECISION == "ieee":
+        log_decay = log_decay.to(tl.float64)
+        total = tl.cumsum(log_decay, axis=0)
+    else:
+        # The step sizes go through the scan unchanged: without it the compiler loads them and takes their softplus
+        # again in the layout of the matrix's columns, in every thread
+        total, step = tl.associative_scan((log_decay, step), 0, _sum_and_last)
+    last = tl.sum(log_decay, axis=0)
     entry = tl.exp(total.to(tl.float32))
-    leaving = tl.exp(tl.cumsum(log_decay, axis=0, reverse=True) - log_decay)
-    through = tl.exp(tl.sum(log_decay, axis=0))
+    leaving = tl.exp((last - total).to(tl.float32))
+    through = tl.exp(last.to(tl.float32))
     sequence = tl.zeros([Q], tl.int32)
     if PACKED:
         sequence = tl.load(segment_ptr + tl.minimum(rows, steps - 1))
         before = tl.load(segment_ptr + tl.maximum(tl.minimum(start, steps) - 1, 0))
         before = tl.where(start > 0, before, 0)
-        last = tl.load(segment_ptr + tl.minimum(start + Q, steps) - 1)
+        final = tl.load(segment_ptr + tl.minimum(start + Q, steps) - 1)
         entry = tl.where(sequence == before, entry, 0.0)
-        leaving = tl.where(sequence == last, leaving, 0.0)
-        through = tl.where(last == before, through, 0.0)
-    return total, entry, leaving, through, sequence
+        leaving = tl.where(sequence == final, leaving, 0.0)
+        through = tl.where(final == before, through, 0.0)
+    return total, entry, leaving, through, step, sequence
 
 
 @triton.jit
 def _decay_matrix(total, sequence, Q: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):
-    """exp(s_i - s_j) for i >= j within a sequence, else 0.
-
-    Differences of neighbours in a long running sum lose digits: float32 inputs take the sum as two float32 numbers.
-    """
+    """exp(s_i - s_j) for i >= j within a sequence, else 0; a float64 sum is taken as two float32 numbers."""
     offsets = tl.arange(0, Q)
     seen = offsets[:, None] >= offsets[None, :]
     if PACKED:
@@ -134,7 +147,9 @@ def ssd_forward(
         rows = start + q
         token, valid = _tokens(order_ptr, rows, steps)
         step, _pre, _free = _step_sizes(dt_ptr, dt_l, token, valid, bias, dt_min, dt_max, SOFTPLUS)
-        total, entry, leaving, through, sequence = _decays(step * A, segment_ptr, rows, start, steps, Q, PACKED)
+        total, entry, leaving, through, step, sequence = _decays(
+            step, A, segment_ptr, rows, start, steps, Q, PACKED, PRECISION
+        )
         x = _rows_of(x_ptr, token, x_l, p, valid, P)
         B = _rows_of(B_ptr, token, B_l, n, valid, N)
         C = _rows_of(C_ptr, token, C_l, n, valid, N)
@@ -197,7 +212,9 @@ def ssd_states(
         rows = start + q
         token, valid = _tokens(order_ptr, rows, steps)
         step, _pre, _free = _step_sizes(dt_ptr, dt_l, token, valid, bias, dt_min, dt_max, SOFTPLUS)
-        _total, entry, leaving, through, _sequence = _decays(step * A, segment_ptr, rows, start, steps, Q, PACKED)
+        _total, entry, leaving, through, step, _sequence = _decays(
+            step, A, segment_ptr, rows, start, steps, Q, PACKED, PRECISION
+        )
         weight = leaving * step
         if REVERSE:
             weight = entry
@@ -269,7 +286,9 @@ def ssd_gradients(
     step, pre, free = _step_sizes(
         dt_ptr + b * dt_b + k * dt_k + h * dt_h, dt_l, token, valid, bias, dt_min, dt_max, SOFTPLUS
     )
-    total, entry, leaving, through, sequence = _decays(step * A, segment_ptr, rows, start, steps, Q, PACKED)
+    total, entry, leaving, through, step, sequence = _decays(
+        step, A, segment_ptr, rows, start, steps, Q, PACKED, PRECISION
+    )
     x = _rows_of(x_ptr + b * x_b + k * x_k + h * x_h, token, x_l, p, valid, P)
     dy = _rows_of(dy_ptr + b * dy_b + k * dy_k + h * dy_h, token, dy_l, p, valid, P)
     B = _rows_of(B_ptr + b * B_b + k * B_k + g * B_g, token, B_l, n, valid, N)
@@ -358,8 +377,8 @@ def ssd_shared_gradients(
             step, _pre, _free = _step_sizes(
                 dt_ptr + b * dt_b + k * dt_k + h * dt_h, dt_l, token, valid, bias, dt_min, dt_max, SOFTPLUS
             )
-            total, entry, leaving, _through, sequence = _decays(
-                step * tl.load(A_ptr + kh), segment_ptr, rows, start, steps, Q, PACKED
+            total, entry, leaving, _through, step, sequence = _decays(
+                step, tl.load(A_ptr + kh), segment_ptr, rows, start, steps, Q, PACKED, PRECISION
             )
             x = _rows_of(x_ptr + b * x_b + k * x_k + h * x_h, token, x_l, p, valid, P)
             dy = _rows_of(dy_ptr + b * dy_b + k * dy_k + h * dy_h, token, dy_l, p, valid, P)
