@@ -60,18 +60,28 @@ struct ProjectionArgs {
   int K, L, N, tiles, blocks, pad;  // `blocks` blocks a plane (b, k)
 };
 
-// dB and dC summed over the blocks of channels.
-extern "C" __global__ void __launch_bounds__(256) reduce_projections(const __grid_constant__ ProjectionArgs p) {
-  const int bk = blockIdx.x / p.blocks, in_plane = (blockIdx.x % p.blocks) * 256 + threadIdx.x, plane = p.L * 2 * p.N;
+// dB and dC summed over the blocks of channels, V neighbouring states at a time.
+template <int V> __device__ __forceinline__ void reduce_projection(const ProjectionArgs& p) {
+  const int bk = blockIdx.x / p.blocks, plane = p.L * 2 * p.N;
+  const int in_plane = ((blockIdx.x - bk * p.blocks) * 256 + threadIdx.x) * V;
   if (in_plane >= plane) return;
   const float* from = p.partial + (int64)bk * p.tiles * plane + in_plane;
-  float sum = 0.f;
+  float sum[V], f[V];
+#pragma unroll
+  for (int v = 0; v < V; v++) sum[v] = 0.f;
 #pragma unroll 4
-  for (int i = 0; i < p.tiles; i++) sum += from[(int64)i * plane];
+  for (int i = 0; i < p.tiles; i++) {
+    load_floats<V>(from + (int64)i * plane, f);
+#pragma unroll
+    for (int v = 0; v < V; v++) sum[v] += f[v];
+  }
   const int l = in_plane / (2 * p.N), n = in_plane - l * 2 * p.N;
   const int64 to = (((int64)(bk / p.K) * p.L + l) * p.K + bk % p.K) * p.N;
-  if (n < p.N) p.dB[to + n] = from_float(sum); else p.dC[to + n - p.N] = from_float(sum);
+  store_act<V>(n < p.N ? p.dB + to + n : p.dC + to + n - p.N, sum);
 }
+
+extern "C" __global__ void __launch_bounds__(256) reduce_projections_1(const __grid_constant__ ProjectionArgs p) { reduce_projection<1>(p); }
+extern "C" __global__ void __launch_bounds__(256) reduce_projections_4(const __grid_constant__ ProjectionArgs p) { reduce_projection<4>(p); }
 
 struct RowsArgs {
   const float* partial;          // (rows, width)

@@ -82,8 +82,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
   float a2[CPT][SPT], skip[VEC];
   load_decay(p, at, a2);
   load_columns(p.D, p, at, skip);
-  if (N != D_STATE)
-    for (int i = at.lane; i < TILE_STEPS * N; i += 32) s.B[i] = s.C[i] = 0.f;
+  clear_padding(s, at);
   const int groups = (at.end_step - at.first_step + TILE_STEPS - 1) / TILE_STEPS;
   const int saved_groups = (p.chunk_steps + TILE_STEPS - 1) / TILE_STEPS;
   float* checkpoints = p.checkpoints + ((int64)blockIdx.x * WARPS + at.warp) * saved_groups * (CHECKPOINTS * HELD * 32) + at.lane * (HELD < 4 ? HELD : 4);

@@ -20,8 +20,7 @@ template <bool ADJOINT> __device__ __forceinline__ void carry(const ScanArgs& p)
 #pragma unroll
     for (int j = 0; j < SPT; j++) { h[i][j] = 0.f; adjoint[i][j] = 0.f; decay[i][j] = 1.f; }
   }
-  if (N != D_STATE)
-    for (int i = at.lane; i < TILE_STEPS * N; i += 32) s.B[i] = s.C[i] = 0.f;
+  clear_padding(s, at);
 
   Inputs in(p, at);
   Rows raw_dy;

@@ -22,8 +22,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_forwar
   load_decay(p, at, a2);
   load_state(p, at, p.state_in, at.bkc, h);
   load_columns(p.D, p, at, skip);
-  if (N != D_STATE)
-    for (int i = at.lane; i < TILE_STEPS * N; i += 32) s.B[i] = s.C[i] = 0.f;
+  clear_padding(s, at);
 
   Inputs in(p, at);
   auto load = [&](int tokens, int first) {

@@ -33,8 +33,7 @@ struct PairedWalk {
     load_state(p, at, p.state_in, at.bkc, h);
 #pragma unroll
     for (int i = 0; i < CPT; i++) skip[i] = p.D != nullptr && at.q == 0 && at.channel(i) < p.D_ ? p.D[(int64)at.k * p.D_ + at.channel(i)] : 0.f;
-    if (N != D_STATE)
-      for (int i = at.lane; i < TILE_STEPS * N; i += 32) s.B[i] = s.C[i] = 0.f;
+    clear_padding(s, at);
 #if GATE
     z = p.z + at.b * p.z_b + (at.in_range(p) ? at.channel0 + at.column : 0);
 #endif

@@ -150,6 +150,13 @@ __device__ __forceinline__ void load_columns(const float* from, const ScanArgs& 
   for (int v = 0; v < VEC; v++) f[v] = from != nullptr && at.in_range(p) ? from[(int64)at.k * p.D_ + at.channel0 + at.column + v] : 0.f;
 }
 
+// B and C of the states that only fill up a power of two stay zero.
+template <class S> __device__ __forceinline__ void clear_padding(S& s, const Place& at) {
+  if (N == D_STATE) return;
+  for (int i = at.lane; i < TILE_STEPS * N; i += 32) s.B[i] = s.C[i] = 0.f;
+  __syncwarp();
+}
+
 // What every walk reads: u, Delta and B, and C where it is asked for. A group's loads are in flight while the one before
 // it is computed.
 struct Inputs {

@@ -76,14 +76,13 @@ _BACKWARD_TILINGS = {
     2: [Tiling(2, 1, 8, 1, 4)],
     4: [Tiling(4, 1, 8, 1, 4)],
     8: [Tiling(4, 2, 4, 2, 4, 3, 6, True)],
-    16: [Tiling(8, 1, 4, 2, 4, 3, 12, True), Tiling(4, 2, 4, 2, 4, 2, 6, True), Tiling(4, 2, 4, 2, 4, 3, 0, True)],
+    16: [Tiling(4, 2, 4, 2, 4, 3, 12, True), Tiling(4, 2, 4, 2, 4, 2, 6, True), Tiling(4, 2, 4, 2, 4, 3, 0, True)],
     32: [Tiling(8, 1, 4, 2, 4)],
     64: [Tiling(8, 2, 2, 4, 3)],
 }
 _GATED_BACKWARD_TILINGS = {  # before the others where there is a gate, which takes shared memory and registers
     1: [Tiling(1, 1, 16, 1, 2, 1, 0)],
     8: [Tiling(4, 2, 4, 2, 4, 2, 0, True)],
-    16: [Tiling(4, 2, 4, 2, 4, 3, 12, True)],
 }
 _WARPS_WANTED = 6
 _PAIRED_WARPS_WANTED = 12

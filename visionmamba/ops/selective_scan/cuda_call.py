@@ -216,10 +216,11 @@ class Call:
         """Sum the channel blocks' (B, K, tiles, L, 2N) to dB and dC, (B, L, K, N)."""
         shape = (self.batch, self.num_tokens, self.directions, self.states)
         dB, dC = (self.empty(*shape, dtype=self.u.dtype) for _ in range(2))
-        per_plane = -(-self.num_tokens * 2 * self.states // 256)
+        vec = 4 if self.states % 4 == 0 else 1
+        per_plane = -(-self.num_tokens * 2 * self.states // (256 * vec))
         sizes = (self.directions, self.num_tokens, self.states, tiles, per_plane, 0)
         arguments = Arguments(tuple(map(pointer, (partial, dB, dC))), sizes)
-        self._merge_kernel("reduce_projections", self.batch * self.directions * per_plane, arguments)
+        self._merge_kernel(f"reduce_projections_{vec}", self.batch * self.directions * per_plane, arguments)
         return dB, dC
 
     def parameters(self, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
