@@ -183,7 +183,7 @@ def provenance() -> dict[str, str]:
 
     return {
         "gpu": torch.cuda.get_device_name(),
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": output("nvidia-smi", "-i", "0", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "commit": output("git", "rev-parse", "HEAD"),

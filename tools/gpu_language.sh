@@ -36,21 +36,27 @@ for part in $parts; do
         done
         ;;
     train)
-        # In parallel: each is limited by launches, not by the GPU
+        # In parallel: each is limited by launches, not by the GPU. Checkpoints are kept: run again to go on.
         pids=()
-        run() { timeout "${LIMIT:-560}" "$python" tools/train_synthetic.py "$@" --paper --out "$output/synthetic" >"$output/train_$1_$3.log" 2>&1 & pids+=($!); }
-        run selective_copying --layer Mamba1 --lr 0.002
-        run selective_copying --layer S4D --steps 20000
-        run induction_heads --layer Mamba1
-        run induction_heads --layer S4D --steps 10000
-        timeout "${LIMIT:-560}" "$python" tools/train_synthetic.py mqar --layer Mamba2 --d-state 16 --steps 8000 --paper --out "$output/synthetic" >"$output/train_mqar_16.log" 2>&1 & pids+=($!)
-        timeout "${LIMIT:-560}" "$python" tools/train_synthetic.py mqar --layer Mamba2 --d-state 128 --steps 8000 --paper --out "$output/synthetic" >"$output/train_mqar_128.log" 2>&1 & pids+=($!)
+        run() { # name, task and options
+            local name=$1
+            shift
+            timeout "${LIMIT:-560}" "$python" tools/train_synthetic.py "$@" --paper --seconds "${SECONDS_EACH:-480}" --resume \
+                --out "$output/synthetic" >"$output/train_$name.log" 2>&1 &
+            pids+=($!)
+        }
+        run selective_mamba selective_copying --layer Mamba1
+        run selective_s4d selective_copying --layer S4D
+        run induction_mamba induction_heads --layer Mamba1
+        run induction_s4d induction_heads --layer S4D
+        run mqar_16 mqar --layer Mamba2 --d-state 16
+        run mqar_128 mqar --layer Mamba2 --d-state 128
         wait "${pids[@]}"
         "$python" tools/train_synthetic.py plot --out "$output/synthetic"
         tail -n 2 "$output"/train_*.log
         ;;
     distributed)
-        step tests_nccl 300 "$python" -m pytest -q -p no:cacheprovider tests/language/test_distributed.py
+        step tests_nccl 300 "$python" -m pytest -q -p no:cacheprovider tests/language/test_distributed.py -k two_gpus
         ;;
     *)
         echo "unknown part: $part" >&2

@@ -115,6 +115,7 @@ def _command(task: str) -> None:
         paper: Annotated[bool, typer.Option("--paper", help="The papers' sizes; wants a GPU.")] = False,
         steps: Annotated[int | None, typer.Option(help="Optimisation steps at most.")] = None,
         lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+        weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
         batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
         d_model: Annotated[int | None, typer.Option(help="Width.")] = None,
         d_state: Annotated[int | None, typer.Option(help="States a channel.")] = None,
@@ -128,7 +129,7 @@ def _command(task: str) -> None:
         resume: Annotated[bool, typer.Option("--resume", help="Keep a checkpoint, and go on from it.")] = False,
         out: Annotated[Path, typer.Option(help="Folder for the log.")] = Path("results/synthetic"),
     ) -> None:
-        given = {"steps": steps, "lr": lr, "batch": batch, "d_model": d_model}
+        given = {"steps": steps, "lr": lr, "weight_decay": weight_decay, "batch": batch, "d_model": d_model}
         ssm_cfg = {} if d_state is None else {"d_state": d_state}
         ssm_cfg |= {} if dt is None else {"dt_min": dt[0], "dt_max": dt[1], "dt_init_floor": dt[0]}
         run = _settings(task, layer, paper, ssm_cfg, given | {"seed": seed, "stop_at": stop_at, "dtype": dtype})
