@@ -1,6 +1,9 @@
 """GELU and a linear layer as one operator: the same as PyTorch's two, with one activation kept."""
 
+from functools import partial
+
 import pytest
+import timm
 import timm.layers
 import torch
 import torch.nn as nn
@@ -41,6 +44,8 @@ def test_layer_is_timms(monkeypatch):
     monkeypatch.setattr(mlp, "fuses", lambda _x, compiled: True)
     assert ours._joins(x)
     torch.testing.assert_close(ours(x), theirs(x))
+    assert timm.create_model("test_vmamba").stages[0].blocks[0].mlp._joins(x)
+    assert not Mlp(8, 32, act_layer=partial(nn.GELU, approximate="tanh"))._joins(x)
     assert not Mlp(8, 32, drop=0.1)._joins(x)
     assert not Mlp(8, 32, norm_layer=nn.LayerNorm)._joins(x)
     assert not Mlp(8, 32, act_layer=nn.SiLU)._joins(x)

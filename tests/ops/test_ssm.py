@@ -5,7 +5,6 @@ import torch
 
 from visionmamba.layers import SelectiveSSM, selective_ssm
 from visionmamba.ops._block_products import block_diagonal, diagonal_blocks, weight_gradient
-from visionmamba.ops.selective_scan.dt_projection import expand_delta, expand_delta_backward
 
 OPERATOR = "selective_scan"
 
@@ -62,30 +61,6 @@ def test_dispatcher_behaviour():
             layer(torch.randn(2, 5, 6), torch.randn(2, 5, 6), [5])
             counted[fused] = counter.get_total_flops()
     assert counted[True] == counted[False] > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    "sizes", [(2, 49, 4, 6, 10, 1), (1, 197, 2, 12, 24, 16), (3, 5, 1, 3, 7, 4), (0, 5, 2, 3, 4, 1)]
-)
-def test_low_rank_step_sizes(sizes, dtype, device):
-    batch, tokens, directions, rank, channels, states = sizes
-    torch.manual_seed(0)
-    delta = torch.randn(batch, tokens, directions, rank + 2 * states, device=device).to(dtype)[..., :rank]
-    weight = torch.randn(directions, channels, rank, device=device)
-    gradient = torch.randn(batch, tokens, directions, channels, device=device)
-    found = expand_delta(delta, weight), *expand_delta_backward(gradient, delta, weight)
-    wide, exact_weight, gradient = delta.double(), weight.double(), gradient.double()
-    exact = (
-        torch.einsum("blkr,kdr->blkd", wide, exact_weight),
-        torch.einsum("blkd,kdr->blkr", gradient, exact_weight),
-        torch.einsum("blkd,blkr->kdr", gradient, wide),
-    )
-    assert found[0].dtype == torch.float32
-    rounded = 1e-6 if dtype == torch.float32 or device == "cpu" else torch.finfo(dtype).eps / 2
-    for actual, expected, tolerance in zip(found, exact, (1e-6, rounded, rounded), strict=True):
-        assert actual.shape == expected.shape
-        assert float((actual.double() - expected).norm()) <= tolerance * float(expected.norm())
 
 
 def test_blocks_on_the_diagonal():

@@ -12,6 +12,13 @@ from .fusion import fuses, unwatched
 __all__ = ["Mlp"]
 
 
+def _is_gelu(act: nn.Module) -> bool:
+    """Whether an activation is the exact GELU, PyTorch's or timm's."""
+    if type(act) is nn.GELU:
+        return act.approximate == "none"
+    return type(act) is timm.layers.get_act_layer("gelu")
+
+
 class Mlp(timm.layers.Mlp):
     """``fc2(act(fc1(x)))``; arguments are ``timm.layers.Mlp``'s.
 
@@ -22,12 +29,12 @@ class Mlp(timm.layers.Mlp):
     @torch.jit.unused
     def _joins(self, x: torch.Tensor) -> bool:
         """Whether the activation and the second layer are one operator."""
-        if not torch.is_grad_enabled() or type(self.fc2) is not nn.Linear or type(self.act) is not nn.GELU:
-            return False
-        if self.act.approximate != "none" or not isinstance(self.norm, nn.Identity):
+        if not torch.is_grad_enabled() or type(self.fc2) is not nn.Linear or not _is_gelu(self.act):
             return False
         dropped = self.training and self.drop1.p > 0
-        return not dropped and unwatched(self.act, self.drop1, self.norm, self.fc2) and fuses(x, compiled=False)
+        if dropped or not isinstance(self.norm, nn.Identity):
+            return False
+        return unwatched(self.act, self.drop1, self.norm, self.fc2) and fuses(x, compiled=False)
 
     @torch.jit.unused
     def _joined(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,44 +1,64 @@
-"""The step sizes' low-rank projection and its gradients on GPUs.
+"""The step sizes' low-rank projection and its gradients on NVIDIA GPUs: ``kernels/cuda/dt_projection.cu``.
 
-With 16-bit activations the products run on tensor cores and sum in float32. The step sizes come out as accurate as in
-float32: the weight is a sum of 16-bit terms, side by side in one longer product. The gradients are rounded to 16 bits
-before their products, as those of every other projection are.
+Everything is float32 but the low-rank values and their gradient, so a step size is as accurate with 16-bit activations
+as without. The products are too narrow for a matrix product's kernels; they take as long as moving the step sizes.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .._block_products import block_diagonal, diagonal_blocks, product, weight_gradient
+from .. import cuda_runtime
+from ..cuda_runtime import Arguments, pointer
+from .cuda_call import ACT
 
-__all__ = ["expand_delta", "expand_delta_backward"]
+__all__ = ["MAX_RANK", "expand_delta", "expand_delta_backward", "macros"]
 
-_TERMS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # that hold the 24 bits of a float32
-_ALIGNMENT = 8  # columns: 16 bytes of 16-bit values, which tensor cores are fed by
-
-
-def _token_rows(delta: Tensor, copies: int = 1) -> Tensor:
-    """Return ``(B, L, K, R)``, so many times side by side, as aligned rows ``(B L, columns)`` that zeros fill up."""
-    batch, tokens, directions, rank = delta.shape
-    repeated = delta.unsqueeze(2).expand(-1, -1, copies, -1, -1)
-    rows = repeated.reshape(batch * tokens, copies * directions * rank)
-    missing = -rows.shape[1] % _ALIGNMENT
-    if missing:
-        return F.pad(rows, (0, missing))
-    width = _ALIGNMENT * rows.element_size()
-    aligned = rows.stride(1) == 1 and rows.stride(0) % _ALIGNMENT == 0 and rows.data_ptr() % width == 0
-    return rows if aligned else rows.clone(memory_format=torch.contiguous_format)
+MAX_RANK = 64
+"""Of what the kernels take; PyTorch does the rest."""
+_FILE = "dt_projection.cu"
+_THREADS = 256
+_LEAST_ROWS = 64  # of a block: its weights want to be used
+_BLOCKS_WANTED = 16  # a multiprocessor
 
 
-def _terms(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Return float32 values as terms in a dtype, the largest first."""
-    terms = []
-    for _ in range(_TERMS[dtype]):
-        terms.append(x.to(dtype))
-        x = x - terms[-1]
-    return terms
+def _vector(channels: int, rank: int) -> int:
+    """Return the channels of a thread: R of its values or gradients for each stay in registers."""
+    widest = 4 if rank <= 24 else 2 if rank <= 48 else 1
+    return next(width for width in (4, 2, 1) if width <= widest and channels % width == 0)
+
+
+def macros(dtype: torch.dtype, channels: int, rank: int) -> dict[str, int]:
+    """Return the macros of a specialisation of the kernel file."""
+    return {"ACT": ACT[dtype], "RANK": rank, "VEC": _vector(channels, rank)}
+
+
+class _Projection:
+    """One call: rows, tiles, chunks and the argument struct."""
+
+    def __init__(self, delta: Tensor, weight: Tensor) -> None:
+        one_stride = delta.shape[0] == 1 or delta.stride(0) == delta.shape[1] * delta.stride(1)
+        self.x = delta if one_stride and delta.stride(-1) == 1 else delta.contiguous()
+        self.weight = weight.float().contiguous()
+        self.directions, self.channels, self.rank = weight.shape
+        self.rows = delta.shape[0] * delta.shape[1]
+        self.macros = macros(delta.dtype, self.channels, self.rank)
+        self.tiles = -(-self.channels // (32 * self.macros["VEC"]))
+        self.launcher = cuda_runtime.launcher(delta.device)
+        wanted = max(1, _BLOCKS_WANTED * self.launcher.multiprocessors // (self.directions * self.tiles))
+        self.chunk = max(_LEAST_ROWS, -(-self.rows // wanted))
+        self.chunks = -(-self.rows // self.chunk)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, device=self.x.device)
+
+    def run(self, name: str, delta: Tensor, dx: Tensor | None = None, dweight: Tensor | None = None) -> None:
+        tensors = map(pointer, (self.x, self.weight, delta, dx, dweight))
+        wide = (*tensors, self.rows, self.x.stride(1), self.x.stride(2))
+        narrow = (self.directions, self.channels, self.tiles, self.chunk)
+        blocks = self.chunks * self.directions * self.tiles
+        self.launcher.run(_FILE, name, self.macros, blocks, _THREADS, Arguments(wide, narrow))
 
 
 def expand_delta(delta: Tensor, weight: Tensor | None) -> Tensor:
@@ -53,28 +73,29 @@ def expand_delta(delta: Tensor, weight: Tensor | None) -> Tensor:
     """
     if weight is None:
         return delta
-    terms = torch.cat(_terms(block_diagonal(weight.float()), delta.dtype), 1)
-    rows = _token_rows(delta, _TERMS[delta.dtype])
-    expanded = product(rows, F.pad(terms, (0, rows.shape[1] - terms.shape[1])).t())
-    return expanded.view(*delta.shape[:3], weight.shape[1])
+    if weight.shape[2] > MAX_RANK:
+        return torch.einsum("blkr,kdr->blkd", delta.float(), weight.float())
+    call = _Projection(delta, weight)
+    expanded = call.empty(*delta.shape[:3], call.channels)
+    call.run("dt_expand", expanded)
+    return expanded
 
 
 def expand_delta_backward(dexpanded: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of :func:`expand_delta`'s arguments, the second one in float32.
+    """Return the gradients of :func:`expand_delta`'s arguments in float32.
+
+    Sums over tiles of channels and over chunks of tokens come first, then those of the tiles and chunks, in a fixed
+    order.
 
     Args:
-        dexpanded: Gradient of the result, contiguous.
+        dexpanded: Gradient of the result, ``(B, L, K, D)`` in float32, contiguous.
         delta: As in the forward.
         weight: As in the forward.
     """
-    directions, channels, rank = weight.shape
-    rows = _token_rows(delta)
-    matrix = block_diagonal(weight.float(), rows.shape[1])
-    dexpanded = dexpanded.view(rows.shape[0], directions * channels)
-    if rows.is_cuda:
-        matrix, dexpanded = matrix.to(rows.dtype), dexpanded.to(rows.dtype)
-        ddelta = dexpanded @ matrix
-    else:
-        ddelta = product(dexpanded, matrix)
-    ddelta = ddelta[:, : directions * rank].view(delta.shape)
-    return ddelta, diagonal_blocks(weight_gradient(dexpanded, rows), directions, channels, rank)
+    if weight.shape[2] > MAX_RANK:
+        ddelta = torch.einsum("blkd,kdr->blkr", dexpanded, weight.float())
+        return ddelta, torch.einsum("blkd,blkr->kdr", dexpanded, delta.float())
+    call = _Projection(delta, weight)
+    dx, dweight = call.empty(call.tiles, *delta.shape), call.empty(call.chunks, *weight.shape)
+    call.run("dt_backward", dexpanded, dx, dweight)
+    return dx[0] if call.tiles == 1 else dx.sum(0), dweight.sum(0)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of norms and activations: run on the CPU against float64, and compiled for every architecture."""
+"""The CUDA kernels of layers: run on the CPU against float64, and compiled for every architecture."""
 
 import importlib
 import re
@@ -11,6 +11,7 @@ from test_compile import ARCHITECTURES
 from visionmamba.ops import cuda_runtime
 
 cuda_norm = importlib.import_module("visionmamba.ops._cuda_norm")
+steps = importlib.import_module("visionmamba.ops.selective_scan.dt_projection")
 gelu = importlib.import_module("visionmamba.ops.gelu_linear")
 plain = importlib.import_module("visionmamba.ops.channel_norm")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -95,3 +96,36 @@ def test_gelu_recomputed(dtype, count, monkeypatch):
 def test_activation_compiles_without_spills(architecture):
     log = cuda_runtime.compile_log("activation.cu", gelu.macros(BF16, 4), architecture)
     assert "0 bytes spill stores, 0 bytes spill loads" in log
+
+
+LOW_RANK = {"stage1": (2, 49, 4, 6, 96), "odd": (3, 50, 1, 3, 7), "wide": (2, 30, 2, 48, 130), "one": (2, 9, 4, 1, 33)}
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("name", [*LOW_RANK, "more_than_kernels_take"])
+def test_low_rank_step_sizes(name, dtype, monkeypatch):
+    monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: EmulatedLauncher())
+    batch, tokens, directions, rank, channels = LOW_RANK.get(name, (1, 5, 2, steps.MAX_RANK + 1, 8))
+    torch.manual_seed(0)
+    delta = torch.randn(batch, tokens, directions, rank + 2).to(dtype)[..., :rank]
+    weight = torch.randn(directions, channels, rank)
+    gradient = torch.randn(batch, tokens, directions, channels)
+    found = steps.expand_delta(delta, weight), *steps.expand_delta_backward(gradient, delta, weight)
+    x, w, g = delta.double(), weight.double(), gradient.double()
+    exact = (
+        torch.einsum("blkr,kdr->blkd", x, w),
+        torch.einsum("blkd,kdr->blkr", g, w),
+        torch.einsum("blkd,blkr->kdr", g, x),
+    )
+    for actual, expected in zip(found, exact, strict=True):
+        assert actual.dtype == F32
+        assert actual.shape == expected.shape
+        assert relative(actual, expected) <= 2e-7
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("sizes", [(384, 24), pytest.param((768, 48), marks=pytest.mark.slow), (1024, 64)])
+def test_step_sizes_compile_without_spills(sizes, architecture):
+    log = cuda_runtime.compile_log("dt_projection.cu", steps.macros(BF16, *sizes), architecture)
+    assert log.count("0 bytes spill stores, 0 bytes spill loads") == 2
