@@ -22,7 +22,6 @@ def assert_within_rounding(
     float32_errors: Mapping[str, float],
     dtype: torch.dtype,
     activations: Collection[str],
-    further: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Compare results with the reference.
 
@@ -35,7 +34,6 @@ def assert_within_rounding(
         float32_errors: How far the reference in float32 is from them.
         dtype: Dtype of the activations.
         activations: Results that come in that dtype; others come in float32.
-        further: What is allowed beside, for each value of a result.
     """
     assert actual.keys() == exact.keys()
     for name, x in exact.items():
@@ -46,8 +44,6 @@ def assert_within_rounding(
             continue
         allowed = 4 * float32_errors[name] + 4 * torch.finfo(torch.float32).eps * float(x.abs().max())
         error = (value.double() - x).abs()
-        if further and name in further:
-            error = error - further[name]
         if value.dtype != torch.float32:
             error = error - x.abs() * torch.finfo(dtype).eps / 2 - torch.finfo(dtype).smallest_normal
         assert float(error.max()) <= allowed, f"{name}: off by {float(error.max())}, at most {allowed} expected"
