@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(256) dt_expand(const __grid_constan
 }
 
 extern "C" __global__ void __launch_bounds__(256) dt_backward(const __grid_constant__ DtArgs p) {
-  __shared__ float weight[RANK * CHANNELS];  // [r][channel]; then the sums of dweight
+  __align__(16) __shared__ float weight[RANK * CHANNELS];  // [r][channel]; then the sums of dweight
   const Seat at(p);
   const int64 from = ((int64)at.k * p.D + at.tile * CHANNELS) * RANK;
   const int channels = min(CHANNELS, p.D - at.tile * CHANNELS);
