@@ -1,7 +1,7 @@
 """Whole models on one GPU, beside others: ``python tools/bench_models.py SECTION [SECTION ...] --output FOLDER``.
 
-Sections: ``zoo`` (the measured backbones and timm's, inference and training, eager and as a CUDA graph), ``compiled``
-(the same through torch.compile), ``families`` (one model of each other family, beside its plain PyTorch form),
+Sections: ``zoo`` (the measured backbones and timm's, inference and training, eager and as a CUDA graph), ``single``
+(one image), ``compiled`` (through torch.compile), ``families`` (one model of each other family, beside its plain PyTorch form),
 ``resolution`` (Vim-T beside DeiT-T with flash attention on large images) and ``detection`` (backbones at 800x1280,
 forward and backward). All under bfloat16 autocast. A section's rows go to ``FOLDER/SECTION.json``, replaced whole.
 """
@@ -140,14 +140,22 @@ def created(name: str, size: tuple[int, int], **options) -> Iterator[torch.nn.Mo
 
 
 def zoo(repeats: int) -> Iterator[dict]:
-    """The measured backbones and timm's at 224 pixels, batch 128; and single images."""
+    """The measured backbones and timm's at 224 pixels, batch 128."""
     for name in ZOO:
         with created(name, (224, 224)) as model:
-            for batch in (128, 1):
-                x = torch.randn(batch, 3, 224, 224, device="cuda")
-                for training in (False, True) if batch > 1 else (False,):
-                    for row in measure(model, x, training, ["eager", "graph"], repeats):
-                        yield {"model": name, **row}
+            x = torch.randn(128, 3, 224, 224, device="cuda")
+            for training in (False, True):
+                for row in measure(model, x, training, ["eager", "graph"], repeats):
+                    yield {"model": name, **row}
+
+
+def single(repeats: int) -> Iterator[dict]:
+    """Inference of one image, which waits for launches unless it is a graph."""
+    for name in ZOO:
+        with created(name, (224, 224)) as model:
+            x = torch.randn(1, 3, 224, 224, device="cuda")
+            for row in measure(model, x, False, ["eager", "graph"], repeats):
+                yield {"model": name, **row}
 
 
 def compile_one(name: str, repeats: int, lock: Path) -> Iterator[dict]:
@@ -223,7 +231,7 @@ def detection(repeats: int) -> Iterator[dict]:
 
 
 SECTIONS = {
-    "zoo": zoo, "compiled": compiled, "families": families, "resolution": resolution, "detection": detection,
+    "zoo": zoo, "single": single, "compiled": compiled, "families": families, "resolution": resolution, "detection": detection,
 }  # fmt: skip
 
 

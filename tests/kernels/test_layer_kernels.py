@@ -102,7 +102,7 @@ LOW_RANK = {"stage1": (2, 49, 4, 6, 96), "odd": (3, 50, 1, 3, 7), "wide": (2, 30
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("dtype", [BF16, *[pytest.param(d, marks=pytest.mark.slow) for d in (F32, F16)]])
 @pytest.mark.parametrize("name", [*LOW_RANK, "more_than_kernels_take"])
 def test_low_rank_step_sizes(name, dtype, monkeypatch):
     monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: EmulatedLauncher())
@@ -125,7 +125,9 @@ def test_low_rank_step_sizes(name, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("sizes", [(384, 24), pytest.param((768, 48), marks=pytest.mark.slow), (1024, 64)])
+@pytest.mark.parametrize(
+    "sizes", [(384, 24), *[pytest.param(s, marks=pytest.mark.slow) for s in [(768, 48), (1024, 64)]]]
+)
 def test_step_sizes_compile_without_spills(sizes, architecture):
     log = cuda_runtime.compile_log("dt_projection.cu", steps.macros(BF16, *sizes), architecture)
     assert log.count("0 bytes spill stores, 0 bytes spill loads") == 2
