@@ -155,6 +155,21 @@ def test_energy_is_taken_between_moves_of_the_counter(monkeypatch, seconds_a_ste
     assert module._joules(step, device, 1.0) is None
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(run, tmp_path):
+    options = ("--run", "eager,graph", "--mode", "infer,train", "--precision", "bf16", "--batch", "8", "--size", "64")
+    result = run("bench", "test_vmamba", "test_vim", *options, "--repeats", "5", "--device", "cuda", "--out", tmp_path)
+    assert result.status == 0, result.err
+    rows = [*_rows(tmp_path), *_rows(tmp_path, "train")]
+    assert len(rows) == 8
+    for row in rows:
+        assert (row["error"], row["memory_from"], row["steps"]) == ("", "allocator", "5")
+        assert float(row["latency_p50"]) > 0
+        assert float(row["peak_memory_mib"]) > float(row["param_count"]) * 4
+    speed = {(row["model"], row["run"]): float(row["infer_samples_per_sec"]) for row in rows[:4]}
+    assert all(speed[name, "graph"] > speed[name, "eager"] for name in ("test_vmamba", "test_vim"))
+
+
 @pytest.mark.slow
 def test_the_script_is_the_command(tmp_path):
     script = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
