@@ -2,7 +2,7 @@
 # Detection and segmentation on one GPU: tools/gpu_openmmlab.sh OUT [part ...]
 #
 # Parts: ops bench det seg families (all by default), each of which fits into ten minutes; det and seg train for TIME seconds
-# (300). TINY=1 rehearses everything on the CPU in a few minutes. What is worth keeping is small and lies in OUT/report;
+# (180). TINY=1 rehearses everything on the CPU in a few minutes. What is worth keeping is small and lies in OUT/report;
 # scenes, logs and checkpoints in OUT/work.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -35,15 +35,15 @@ if [ -n "$tiny" ]; then
   seg_small=("${small[@]}" "train_dataloader.dataset.pipeline.2.scale=(96,96)" "train_dataloader.dataset.pipeline.3.crop_size=(96,96)"
     "model.data_preprocessor.size=(96,96)")
 else
-  det_scenes=(--workers 12) bench=() seconds=${TIME:-300} short=4 interval=10 small=() det_small=() seg_small=()
+  det_scenes=(--workers 12) bench=() seconds=${TIME:-180} short=4 interval=10 small=() det_small=() seg_small=()
 fi
 [ -d "$scenes" ] || run scenes "$python" tools/make_digit_scenes.py "$scenes" "${det_scenes[@]}" || exit 1
 roots=(train_dataloader.dataset.data_root="$scenes/" val_dataloader.dataset.data_root="$scenes/"
   test_dataloader.dataset.data_root="$scenes/")
 anns=(val_evaluator.ann_file="$scenes/val/annotations.json" test_evaluator.ann_file="$scenes/val/annotations.json")
 det_configs=configs/detection/digit_scenes
-main_det=$det_configs/mask-rcnn_vmamba-t-s1l8_fpn_1xb16-5min_digit-scenes.py
-main_seg=configs/segmentation/digit_scenes/vmamba-t-s1l8_upernet_1xb16-5min_digit-scenes-256x256.py
+main_det=$det_configs/mask-rcnn_vmamba-t-s1l8_fpn_1xb8-3min_digit-scenes.py
+main_seg=configs/segmentation/digit_scenes/vmamba-t-s1l8_upernet_1xb16-3min_digit-scenes-256x256.py
 
 train() { # det or seg, name, config, option...
   local tool=$1 name=$2 config=$3

@@ -17,7 +17,7 @@ metainfo = dict(classes=tuple("0123456789"))
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="RandomResize", scale=(256, 256), ratio_range=(0.75, 1.25), keep_ratio=True),
+    dict(type="Resize", scale=(256, 256), keep_ratio=True),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
@@ -65,7 +65,6 @@ test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=3e-4, weight_decay=0.05),
-    paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [

@@ -1,9 +1,0 @@
-"""Mask R-CNN on VMamba-T s1l8, from scratch on the digit scenes, in the time that is given: five minutes."""
-
-_base_ = "./mask-rcnn_vmamba-t-s1l8_fpn_1xb16-36e_digit-scenes.py"
-
-train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=100000, val_interval=1000)
-train_dataloader = dict(sampler=dict(type="InfiniteSampler"))
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(by_epoch=False, interval=1000, max_keep_ckpts=1))
-log_processor = dict(by_epoch=False)
-custom_hooks = [dict(type="TimeBudgetHook", seconds=310)]
