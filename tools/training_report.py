@@ -1,12 +1,13 @@
 """Curves and last metrics of trainings: ``python tools/training_report.py OUT WORK_DIR [WORK_DIR ...]``.
 
 Reads the logs that the Runner leaves in its working folders (several of one folder are one training that was resumed)
-and writes ``OUT/curves.png`` and ``OUT/summary.json``.
+and writes ``OUT/curves.png``, the same numbers in ``OUT/curves.csv``, and ``OUT/summary.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from pathlib import Path
 
@@ -56,19 +57,35 @@ def summarise(losses: dict[int, float], metrics: dict[str, dict[int, float]]) ->
     }
 
 
+def write_csv(path: Path, trainings: dict[str, tuple[dict[int, float], dict[str, dict[int, float]]]]) -> None:
+    """Write a row for each value: the training's name, the step, what it is, the value.
+
+    Args:
+        path: File to write.
+        trainings: What :func:`read_log` returns, by name.
+    """
+    with replacing(path) as temporary, temporary.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["training", "step", "quantity", "value"])
+        for name, (losses, metrics) in trainings.items():
+            for quantity, values in {"loss": losses, **metrics}.items():
+                writer.writerows([name, step, quantity, f"{values[step]:.5g}"] for step in sorted(values))
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("works", type=Path, nargs="+", metavar="work_dir")
     options = parser.parse_args()
-    summary = {}
+    summary, trainings = {}, {}
     figure, (loss_axes, metric_axes) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for work in options.works:
         try:
             losses, metrics = read_log(work)
         except FileNotFoundError as error:
             parser.error(str(error))
+        trainings[work.name] = losses, metrics
         summary[work.name] = summarise(losses, metrics)
         loss_axes.plot(sorted(losses), [losses[step] for step in sorted(losses)], label=work.name)
         for name, values in metrics.items():
@@ -83,6 +100,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with replacing(options.out / "curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+    write_csv(options.out / "curves.csv", trainings)
     with replacing(options.out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))

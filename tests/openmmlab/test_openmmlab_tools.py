@@ -141,7 +141,7 @@ def test_browse_and_predict_folder(path, options, scenes, tmp_path):
 
 
 def test_report_of_a_resumed_training(tmp_path):
-    from training_report import read_log, summarise
+    from training_report import read_log, summarise, write_csv
 
     for folder, steps in (("1", (1, 2, 3)), ("2", (3, 4))):
         log = tmp_path / folder / "vis_data"
@@ -151,6 +151,11 @@ def test_report_of_a_resumed_training(tmp_path):
     losses, metrics = read_log(tmp_path)
     assert losses == {1: 9.0, 2: 8.0, 3: 7.0, 4: 6.0}
     assert summarise(losses, metrics) == {"steps": 4, "first_loss": 9.0, "last_loss": 6.0, "metrics": {"mIoU": 54.0}}
+    write_csv(tmp_path / "curves.csv", {"seg": (losses, metrics)})
+    rows = (tmp_path / "curves.csv").read_text().splitlines()
+    assert rows[:2] == ["training,step,quantity,value", "seg,1,loss,9"]
+    assert rows[-1] == "seg,4,mIoU,54"
+    assert len(rows) == 7
     with pytest.raises(FileNotFoundError, match=r"no .*scalars\.json"):
         read_log(tmp_path / "nothing")
 
