@@ -54,8 +54,8 @@ _PAPER: dict[str, dict[str, Any]] = {
         "weight_decay": 0.0, "stop_at": 1.1,  # what is learnt later, at a high rate, is to forget nothing for longer
     },
     "mqar": {
-        "options": {"length": 256, "num_pairs": 64, "vocab_size": 8192},
-        "curriculum": [{"length": 64, "num_pairs": 8}, {"length": 128, "num_pairs": 32}], "steps": 12_000, "lr": 3e-3,
+        "options": {"length": 256, "num_pairs": 64, "vocab_size": 1024},
+        "curriculum": [{"length": 64, "num_pairs": 8}, {"length": 128, "num_pairs": 32}], "steps": 6000, "lr": 3e-3,
     },
 }  # fmt: skip
 _LENGTHS = [2**power for power in range(6, 17)]
