@@ -493,3 +493,26 @@ def test_loaded_extension_stays(monkeypatch):
     monkeypatch.setitem(sys.modules, "mmcv._ext", loaded)
     assert not mmcv_ext.install()
     assert sys.modules["mmcv._ext"] is loaded
+
+
+@pytest.mark.parametrize("operator", ["roi_align", "deform_conv", "modulated_deform_conv"])
+def test_bfloat16_is_rounded_once(operator):
+    """torchvision has no such kernels: the same as in float32, values and gradients rounded."""
+    x, offset, mask, weight, _ = deformable_inputs(*GEOMETRIES[0])
+    rois = torch.tensor([[0, 0.5, 0.5, 2.5, 2.0], [1, 0.0, 1.0, 3.0, 2.5]])
+    functions = {
+        "roi_align": (lambda x: ops.roi_align(x, rois.to(x), (2, 2), 1.0, 2, "avg", True), (x,)),
+        "deform_conv": (lambda x, o, w: ops.deform_conv2d(x, o, w, 1, 1), (x, offset, weight)),
+        "modulated_deform_conv": (
+            lambda x, o, m, w: ops.modulated_deform_conv2d(x, o, m, w, None, 1, 1), (x, offset, mask, weight)
+        ),
+    }  # fmt: skip
+    function, inputs = functions[operator]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [tensor.bfloat16().to(dtype).requires_grad_() for tensor in inputs]
+        out = function(*leaves)
+        assert out.dtype == dtype
+        grad = random(*out.shape, seed=9).bfloat16().to(dtype)
+        results.append([out.float(), *(g.float() for g in torch.autograd.grad(out, leaves, grad))])
+    torch.testing.assert_close(results[1], results[0], rtol=2**-8, atol=2**-8)

@@ -14,6 +14,15 @@ __all__ = [
 ]
 
 
+def _convolve(input, offset, weight, bias=None, mask=None, **geometry):
+    """Convolve with torchvision; bfloat16, which it has no kernels for, in float32."""
+    tensors = [input, offset, weight, bias, mask]
+    if input.dtype == torch.bfloat16:
+        tensors = [None if tensor is None else tensor.float() for tensor in tensors]
+    x, offset, weight, bias, mask = tensors
+    return deform_conv2d(x, offset, weight, bias, mask=mask, **geometry).to(input.dtype)
+
+
 def _gradients(tensors, grad_output, convolve):
     """Gradients of ``convolve(*tensors)`` with respect to the tensors."""
     with torch.enable_grad():
@@ -48,7 +57,7 @@ def deform_conv_forward(
     deformable_group, im2col_step,
 ):  # fmt: skip
     """Convolve at offset positions into ``output``; groups follow from the tensors' shapes."""
-    output.copy_(deform_conv2d(input, offset, weight, **_geometry(dH, dW, padH, padW, dilationH, dilationW)))
+    output.copy_(_convolve(input, offset, weight, **_geometry(dH, dW, padH, padW, dilationH, dilationW)))
 
 
 def deform_conv_backward_input(
@@ -57,7 +66,7 @@ def deform_conv_backward_input(
 ):  # fmt: skip
     """Write the gradients of the input and the offsets."""
     geometry = _geometry(dH, dW, padH, padW, dilationH, dilationW)
-    gradients = _gradients((input, offset), grad_output, lambda x, o: deform_conv2d(x, o, weight, **geometry))
+    gradients = _gradients((input, offset), grad_output, lambda x, o: _convolve(x, o, weight, **geometry))
     grad_input.copy_(gradients[0])
     grad_offset.copy_(gradients[1] * _inside(offset, input, (kH, kW), geometry))
 
@@ -69,7 +78,7 @@ def deform_conv_backward_parameters(
     """Add the gradient of the weight, times ``scale``."""
     geometry = _geometry(dH, dW, padH, padW, dilationH, dilationW)
     weight = torch.zeros_like(grad_weight)
-    (gradient,) = _gradients((weight,), grad_output, lambda w: deform_conv2d(input, offset, w, **geometry))
+    (gradient,) = _gradients((weight,), grad_output, lambda w: _convolve(input, offset, w, **geometry))
     grad_weight.add_(gradient, alpha=scale)
 
 
@@ -79,7 +88,7 @@ def modulated_deform_conv_forward(
 ):  # fmt: skip
     """Convolve at offset positions with a weight for each sample into ``output``."""
     geometry = _geometry(stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
-    output.copy_(deform_conv2d(input, offset, weight, bias if with_bias else None, mask=mask, **geometry))
+    output.copy_(_convolve(input, offset, weight, bias if with_bias else None, mask=mask, **geometry))
 
 
 def modulated_deform_conv_backward(
@@ -92,7 +101,7 @@ def modulated_deform_conv_backward(
     gradients = _gradients(
         (input, offset, mask, weight),
         grad_output,
-        lambda x, o, m, w: deform_conv2d(x, o, w, mask=m, **geometry),
+        lambda x, o, m, w: _convolve(x, o, w, mask=m, **geometry),
     )
     for target, gradient in zip((grad_input, grad_offset, grad_mask, grad_weight), gradients, strict=True):
         target.copy_(gradient)

@@ -12,6 +12,11 @@ __all__ = ["roi_align_backward", "roi_align_forward", "roi_pool_backward", "roi_
 _MAX = 0
 
 
+def _supported(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in a type that torchvision has kernels for: not bfloat16."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
 def _samples(roi, height, width, spatial_scale, sampling_ratio, aligned):
     """Sampling coordinates of one region: y ``(height, n_y)`` and x ``(width, n_x)``."""
     start_x, start_y, end_x, end_y = (roi[1:] * spatial_scale - (0.5 if aligned else 0.0)).tolist()
@@ -69,6 +74,7 @@ def roi_align_forward(
         _roi_align_max(input, rois, output, argmax_y, argmax_x, spatial_scale, sampling_ratio, aligned)
         return
     size = (aligned_height, aligned_width)
+    input = _supported(input)
     output.copy_(torchvision.ops.roi_align(input, rois.to(input), size, spatial_scale, sampling_ratio, aligned))
 
 
@@ -79,6 +85,7 @@ def roi_align_backward(
     """Add the gradient of :func:`roi_align_forward` to ``grad_input``."""
     if pool_mode != _MAX:
         batch, channels, height, width = grad_input.shape
+        grad_output = _supported(grad_output)
         grad_input += torch.ops.torchvision._roi_align_backward(
             grad_output, rois.to(grad_output), spatial_scale, aligned_height, aligned_width, batch, channels, height,
             width, sampling_ratio, aligned,
