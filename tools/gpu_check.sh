@@ -59,6 +59,7 @@ tests tests 240 -n 10 --dist worksteal --durations 10 -m "gpu and not slow" $fil
 wait
 cat "$out"/*_summary.txt
 grep -qE ': exit [1-9]' "$out"/*_summary.txt && status=1
+[ "$(wc -l <"$out/curves.csv")" = 6 ] || { echo "== a training run is missing: see $out/.v*" && status=1; }
 lines=8 run curves 20 "$python" tools/train_curves.py --compare "$out/curves.csv"
 tail -n 3 "$out"/.v* | grep -i error
 grep -ahE "^(FAILED|ERROR)" "$out"/{loader,large,tests}.txt | sort -u | head -n 60
