@@ -1,9 +1,10 @@
 """Whole models on one GPU, beside others: ``python tools/bench_models.py SECTION [SECTION ...] --output FOLDER``.
 
 Sections: ``zoo`` (the measured backbones and timm's, inference and training, eager and as a CUDA graph), ``single``
-(one image), ``compiled`` (through torch.compile), ``families`` (one model of each other family, beside its plain PyTorch form),
-``resolution`` (Vim-T beside DeiT-T with flash attention on large images) and ``detection`` (backbones at 800x1280,
-forward and backward). All under bfloat16 autocast. A section's rows go to ``FOLDER/SECTION.json``, replaced whole.
+(one image), ``compiled`` (through torch.compile), ``families`` (one model of each other family, beside its plain
+PyTorch form), ``resolution`` (Vim-T beside DeiT-T with flash attention on large images) and ``detection`` (backbones at
+800x1280, forward and backward). All under bfloat16 autocast. A section's rows go to ``FOLDER/SECTION.json``, replaced
+whole.
 """
 
 from __future__ import annotations
@@ -231,7 +232,8 @@ def detection(repeats: int) -> Iterator[dict]:
 
 
 SECTIONS = {
-    "zoo": zoo, "single": single, "compiled": compiled, "families": families, "resolution": resolution, "detection": detection,
+    "zoo": zoo, "single": single, "compiled": compiled, "families": families, "resolution": resolution,
+    "detection": detection,
 }  # fmt: skip
 
 

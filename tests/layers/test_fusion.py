@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionmamba.layers import LayerNorm, StreamLayerNorm, StreamRMSNorm, before_linear, norm
+from visionmamba.layers import LayerNorm, StreamLayerNorm, StreamRMSNorm, before_linear, norm, residual_stream
 from visionmamba.layers.fusion import fuses, unwatched
 from visionmamba.layers.norm import _joins as joins
 from visionmamba.layers.norm import add_norm
@@ -109,3 +109,22 @@ def test_blocks_of_vmamba_leave_additions_to_each_other(monkeypatch):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
     model.stages[0].blocks[0].register_forward_hook(lambda *_: None)
     assert not model.stages[0]._joins(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "layer", "directions": "sum"}])
+def test_blocks_of_vim_leave_additions_to_each_other(options, monkeypatch):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vim", **options).train()
+    x, results = torch.randn(2, 3, 64, 64), []
+    for joined in (False, True):
+        for module in (norm, residual_stream):
+            monkeypatch.setattr(module, "fuses", lambda _x, compiled, joined=joined: joined)
+        model.zero_grad()
+        y = model(x)
+        y.square().mean().backward()
+        results.append([y.detach(), *(p.grad for p in model.parameters())])
+        assert model._joins(x, model.blocks) == joined
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    model.blocks[1].norm.register_forward_hook(lambda *_: None)
+    assert not model._joins(x, model.blocks)
+    assert not timm.create_model("test_vim", rope="stream")._joins(x, model.blocks)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visionmamba.layers import SelectiveSSM, selective_ssm
+from visionmamba.layers import GatedMixer, SelectiveSSM, gated_mixer, selective_ssm
 from visionmamba.ops._block_products import block_diagonal, diagonal_blocks, weight_gradient
 
 OPERATOR = "selective_scan"
@@ -44,13 +44,36 @@ def test_same_as_its_parts(name, dtype, monkeypatch, device, backend_name):
         assert float((actual - expected).norm()) <= tolerance * float(expected.norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
+def test_input_projection_computed_anew(dtype, monkeypatch):
+    torch.manual_seed(0)
+    mixer = GatedMixer(12, lambda channels: SelectiveSSM(channels, 4, 3, "h,h_flip", 4))
+    x, results = torch.randn(2, 35, 12), []
+    for joined in (False, True):
+        monkeypatch.setattr(gated_mixer, "fuses", lambda _x, joined=joined: joined)
+        mixer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            assert mixer._joins(leaf) == joined
+            y = mixer(leaf, [35])
+        (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        results.append([y, leaf.grad, *(p.grad.clone() for p in mixer.parameters())])
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        assert float((actual - expected).norm()) <= (1e-5 if dtype == torch.float32 else 2**-7) * float(expected.norm())
+    with torch.no_grad():
+        assert not mixer._joins(x)
+    mixer.in_proj.register_forward_hook(lambda *_: None)
+    assert not mixer._joins(x)
+
+
 def test_dispatcher_behaviour():
     def arguments():
         parameters = [torch.randn(*s, requires_grad=True) for s in ((2, 6, 3), (2, 6), (2, 6, 6))]
         A = (-torch.rand(2, 6, 2)).requires_grad_()
         others = [torch.randn(*s, requires_grad=True) for s in ((2, 6), (2, 6), (2, 6, 2))]
         tokens = [torch.randn(2, 5, 6, requires_grad=True) for _ in range(2)]
-        return (*tokens, *parameters, A, *others, "h,h_flip", [5], True)
+        return (*tokens, None, *parameters, A, *others, "h,h_flip", [5], True)
 
     torch.library.opcheck(torch.ops.visionmamba.ssm.default, arguments(), test_utils=("test_schema", "test_faketensor"))
     layer = SelectiveSSM(6, 2, 2, "h,h_flip", 3)

@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
+from .fusion import fuses, unwatched
+from .selective_ssm import SelectiveSSM
+
 __all__ = ["GatedMixer"]
 
 
@@ -31,8 +34,24 @@ class GatedMixer(nn.Module):
         self.ssm = create_ssm(d_inner)
         self.out_proj = nn.Linear(d_inner, dim, bias=False, **dd)
 
+    @torch.jit.unused
+    def _joins(self, x: torch.Tensor) -> bool:
+        """Whether the input projection is computed anew in backward, inside the scan's operator."""
+        if type(self.ssm) is not SelectiveSSM or type(self.in_proj) is not nn.Linear or not torch.is_grad_enabled():
+            return False
+        return self.in_proj.bias is None and unwatched(self.in_proj, self.ssm) and fuses(x)
+
+    @torch.jit.unused
+    def _joined(self, x: torch.Tensor, grid: list[int]) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self.ssm.fused(x, None, grid, self.in_proj.weight)
+
     def mix(self, x: torch.Tensor, grid: list[int]) -> torch.Tensor:
         """Mix tokens ``(B, L, C)`` of a grid."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what hangs on this alone)
+            if self._joins(x):
+                return self.out_proj(self._joined(x, grid))
         x, z = self.in_proj(x).chunk(2, dim=-1)
         return self.out_proj(self.ssm(x, z, grid))
 

@@ -15,7 +15,7 @@ from timm.layers import register_notrace_function
 from ..ops.channel_norm import channel_norm
 from .fusion import fuses, unwatched
 
-__all__ = ["LayerNorm", "add_norm", "before_linear"]
+__all__ = ["LayerNorm", "add_norm", "add_stream_norm", "before_linear"]
 
 
 def _narrowed(dtype: torch.dtype, narrow: bool) -> torch.dtype:
@@ -118,4 +118,23 @@ def add_norm(x: torch.Tensor, added: torch.Tensor | None, norm: nn.Module) -> tu
         return x, norm(x)
     dtype = _narrowed(x.dtype, norm.narrow)
     out, total = channel_norm(x, norm.weight, norm.bias, norm.eps, added=added, dtype=dtype)
+    return total, out
+
+
+def add_stream_norm(
+    x: torch.Tensor, added: torch.Tensor | None, scale: float, norm: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``x + scale * added`` and its norm from one operator.
+
+    Args:
+        x: Residual stream, ``(..., C)``.
+        added: What a block adds to it, no wider; None for nothing.
+        scale: Its factor.
+        norm: A norm of residual streams, see :data:`visionmamba.layers.STREAM_NORMS`.
+    """
+    if added is None:
+        return x, norm(x)
+    rms, dtype = isinstance(norm, nn.RMSNorm), _narrowed(norm.weight.dtype, norm.narrow)
+    eps, bias = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps, None if rms else norm.bias
+    out, total = channel_norm(x, norm.weight, bias, eps, rms, added, scale, dtype)
     return total, out

@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, register_notrace_function
 
-from .norm import before_linear, stream_norm
+from .fusion import fuses, unwatched
+from .norm import add_stream_norm, before_linear, stream_norm
 from .rope import apply_rope
 
 __all__ = ["STREAM_NORMS", "ResidualBlock", "StreamLayerNorm", "StreamRMSNorm", "widen"]
@@ -74,6 +75,25 @@ class ResidualBlock(nn.Module):
         self.mixer = mixer
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.scale, self.rope = scale, rope
+
+    @torch.jit.unused
+    def joins(self, x: torch.Tensor) -> bool:
+        """Whether :meth:`enter` may stand in for :meth:`step`: nothing waits for what the block or its norm returns."""
+        return self.rope == "" and unwatched(self, self.norm) and fuses(x, compiled=False)
+
+    @torch.jit.unused
+    def enter(
+        self, x: torch.Tensor, pending: torch.Tensor | None, grid: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the stream without this block's addition, and what is to be added, without ``scale``.
+
+        Args:
+            x: Residual stream, ``(B, L, C)``.
+            pending: What the block before this one, of the same ``scale``, has still to add; joined with the norm.
+            grid: (rows, columns) of the patches.
+        """
+        x, normed = add_stream_norm(x, pending, self.scale, self.norm)
+        return x, self.drop_path(self.mixer(normed, grid))
 
     def step(
         self, x: torch.Tensor, grid: list[int], table: torch.Tensor | None = None

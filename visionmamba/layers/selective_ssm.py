@@ -134,14 +134,27 @@ class SelectiveSSM(nn.Module):
         return dt, B, C
 
     @torch.jit.unused
-    def _fused(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
-        """Do what :meth:`forward` does in one operator."""
+    def fused(
+        self,
+        x: torch.Tensor,
+        z: torch.Tensor | None,
+        grid: list[int],
+        in_proj_weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Do what :meth:`forward` does in one operator.
+
+        Args:
+            x: Tokens.
+            z: Gate, or None.
+            grid: Size of the token grid.
+            in_proj_weight: Where x and the gate are still to be projected: the weight, see :func:`selective_ssm`.
+        """
         parameters = (
             self.conv_weight, self.conv_bias, self.x_proj_weight, -torch.exp(self.A_log.float()), self.D,
             self.dt_proj_bias, self.dt_proj_weight,
         )  # fmt: skip
         parameters = [None if parameter is None else self.each(parameter) for parameter in parameters]
-        return selective_ssm(x, z, *parameters, self.path, grid, self.merge)
+        return selective_ssm(x, z, in_proj_weight, *parameters, self.path, grid, self.merge)
 
     def forward(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
         """Scan tokens in raster order.
@@ -156,7 +169,7 @@ class SelectiveSSM(nn.Module):
         """
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what hangs on this alone)
             if fuses(x):
-                return self._fused(x, z, grid)
+                return self.fused(x, z, grid)
         if self.conv_weight is not None:
             bias = None if self.conv_bias is None else self.each(self.conv_bias)
             x, _ = causal_conv1d(x, self.each(self.conv_weight), bias, path=self.path, grid=grid)

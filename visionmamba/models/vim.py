@@ -389,6 +389,20 @@ class Vim(IsotropicModel):
             return self.pos_embed
         return resize_pos_embed_aligned(self.pos_embed, grid, self.class_token, self.patch_embed.grid_size)
 
+    @torch.jit.unused
+    def _joins(self, x: torch.Tensor, blocks: nn.Module) -> bool:
+        """Whether each block leaves its addition to the norm of the next one."""
+        plain = all(type(block) is ResidualBlock and block.joins(x) for block in blocks)
+        return plain and self.residual_in_float32 and not self.grad_checkpointing
+
+    @torch.jit.unused
+    def _joined(self, x: torch.Tensor, blocks: nn.Module, grid: list[int]) -> torch.Tensor:
+        """Return the residual stream after the blocks."""
+        pending: torch.Tensor | None = None
+        for block in blocks:
+            x, pending = block.enter(x, pending, grid)
+        return x if pending is None else torch.add(x, pending, alpha=block.scale)
+
     def forward_trunk(
         self, x: torch.Tensor, take: list[int], levels: int, norm: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
@@ -405,6 +419,9 @@ class Vim(IsotropicModel):
         x, grid, table = self._embed(x)
         features: list[torch.Tensor] = []
         class_tokens: list[torch.Tensor] = []
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what hangs on this alone)
+            if len(take) == 0 and self._joins(x, blocks):
+                return self._joined(x, blocks, grid), features, class_tokens
         for i, block in enumerate(blocks):
             if self.feature_stream == "residual":
                 if self.grad_checkpointing and not torch.jit.is_scripting():

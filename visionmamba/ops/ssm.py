@@ -1,7 +1,8 @@
 """Convolution, projections and scan of a selective state space model as one operator that keeps little for backward.
 
-``visionmamba::ssm`` calls the operators that it is made of. Its backward pass computes the convolution's output anew,
-which saves K activations of the layer's width, and adds the projections' gradient to the scan's inside their product.
+``visionmamba::ssm`` calls the operators that it is made of. Its backward pass computes the input projection and the
+convolution anew, which saves K + 2 activations of the layer's width, and adds the gradient of the projections to the
+scan's inside their product.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -20,10 +22,10 @@ from .selective_scan import selective_scan
 __all__ = ["selective_ssm"]
 
 _SCHEMA = (
-    "Tensor x, Tensor? z, Tensor? conv_weight, Tensor? conv_bias, Tensor x_proj_weight, Tensor A, Tensor? D, "
-    "Tensor dt_bias, Tensor dt_weight, str path, SymInt[] grid, bool merge"
+    "Tensor x, Tensor? z, Tensor? in_proj_weight, Tensor? conv_weight, Tensor? conv_bias, Tensor x_proj_weight, "
+    "Tensor A, Tensor? D, Tensor dt_bias, Tensor dt_weight, str path, SymInt[] grid, bool merge"
 )
-_TENSORS = 9
+_TENSORS = 10
 
 
 def _projection(weight: Tensor, u: Tensor) -> Tensor:
@@ -36,6 +38,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1], -1)
 
 
+def _enter(x: Tensor, z: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the layer's input and its gate, from their own projection if there is one."""
+    return (x, z) if weight is None else F.linear(x, weight.to(x.dtype)).chunk(2, dim=-1)
+
+
 def _scan_input(x, conv_weight, conv_bias, path, grid):
     return x if conv_weight is None else causal_conv1d(x, conv_weight, conv_bias, path=path, grid=grid)[0]
 
@@ -45,7 +52,8 @@ def _split(projected: Tensor, A: Tensor, dt_weight: Tensor) -> tuple[Tensor, ...
 
 
 @torch.library.custom_op("visionmamba::ssm", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
-def _ssm(x, z, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge):
+def _ssm(x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge):
+    x, z = _enter(x, z, in_proj_weight)
     u = _scan_input(x, conv_weight, conv_bias, path, grid)
     projected = _rows(u) @ _projection(x_proj_weight, u).t()
     projected = projected.view(*x.shape[:2], *x_proj_weight.shape[:2])
@@ -55,7 +63,7 @@ def _ssm(x, z, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, 
 
 
 @_ssm.register_fake
-def _(x, z, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge):
+def _(x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge):
     directions, width, channels = x_proj_weight.shape
     middle = () if merge else (directions,)
     return x.new_empty((*x.shape[:2], *middle, channels)), x.new_empty((*x.shape[:2], directions, width))
@@ -67,8 +75,11 @@ def _(x, z, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, pat
     schema=f"(Tensor dy, Tensor projected, {_SCHEMA}) -> ({', '.join(['Tensor'] * _TENSORS)})",
 )
 def _ssm_backward(
-    dy, projected, x, z, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge
-):
+    dy, projected, x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid,
+    merge,
+):  # fmt: skip
+    tokens = x
+    x, z = _enter(x, z, in_proj_weight)
     u = _scan_input(x, conv_weight, conv_bias, path, grid)
     dt, B, C = _split(projected, A, dt_weight)
     du, ddt, dA, dB, dC, dD, dz, ddt_bias, ddt_weight, _ = torch.ops.visionmamba.selective_scan_backward(
@@ -84,7 +95,12 @@ def _ssm_backward(
             du, None, x, conv_weight, conv_bias, None, None, path, grid, True
         )
     dx_proj = dx_proj.to(x_proj_weight.dtype).contiguous()
-    return du, dz, dconv_weight, dconv_bias, dx_proj, dA, dD, ddt_bias, ddt_weight
+    din_proj = x.new_empty(0)
+    if in_proj_weight is not None:
+        dxz = _rows(torch.cat([du, dz], dim=-1))
+        din_proj = weight_gradient(dxz, _rows(tokens)).to(in_proj_weight.dtype)
+        du, dz = (dxz @ in_proj_weight.to(dxz.dtype)).view(tokens.shape), x.new_empty(0)
+    return du, dz, din_proj, dconv_weight, dconv_bias, dx_proj, dA, dD, ddt_bias, ddt_weight
 
 
 @_ssm_backward.register_fake
@@ -117,11 +133,14 @@ autocast_activations("ssm_backward")
 
 
 @register_flop_formula(torch.ops.visionmamba.ssm)
-def _flops(x, z, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, *_args, **_kwargs) -> int:
+def _flops(
+    x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, *_args, **_kwargs
+) -> int:
     scan = flop_registry[torch.ops.visionmamba.selective_scan]
-    low_rank = (*x[:2], A[0], dt_weight[2])
-    count = 2 * prod(x[:2]) * prod(x_proj_weight) + (0 if conv_weight is None else 2 * prod(x[:2]) * prod(conv_weight))
-    return count + scan(x, low_rank, A, None, None, D, z, dt_bias, dt_weight, None, path, grid, out_val=None)
+    low_rank, macs = (*x[:2], A[0], dt_weight[2]), 0
+    for weight in (in_proj_weight, conv_weight, x_proj_weight):
+        macs += 0 if weight is None else prod(x[:2]) * prod(weight)
+    return 2 * macs + scan(x, low_rank, A, None, None, D, z, dt_bias, dt_weight, None, path, grid, out_val=None)
 
 
 @register_flop_formula(torch.ops.visionmamba.ssm_backward)
@@ -132,6 +151,7 @@ def _flops_backward(dy, projected, *args, **kwargs) -> int:
 def selective_ssm(
     x: Tensor,
     z: Tensor | None,
+    in_proj_weight: Tensor | None,
     conv_weight: Tensor | None,
     conv_bias: Tensor | None,
     x_proj_weight: Tensor,
@@ -146,8 +166,10 @@ def selective_ssm(
     """Convolve along each direction, project, and scan: see :class:`visionmamba.layers.SelectiveSSM`.
 
     Args:
-        x: Tokens, ``(B, L, D)``.
+        x: Tokens, ``(B, L, D)``; with ``in_proj_weight`` ``(B, L, C)``.
         z: Gate, ``(B, L, D)``.
+        in_proj_weight: Projects C channels to those of the input and the gate, ``(2 D, C)``; cast to the dtype of
+            ``x``.
         conv_weight: Filters of the causal convolution, ``(K, D, W)``; None for no convolution.
         conv_bias: ``(K, D)``.
         x_proj_weight: ``(K, R + 2 N, D)``; cast to the dtype of ``x``.
@@ -163,5 +185,5 @@ def selective_ssm(
         ``(B, L, D)`` with ``merge`` else ``(B, L, K, D)``.
     """
     return torch.ops.visionmamba.ssm(
-        x, z, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge
+        x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge
     )[0]
