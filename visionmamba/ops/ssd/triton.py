@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,13 @@ def _strides(tensor: Tensor | None, directions: bool) -> tuple[int, int, int, in
     return tensor.stride(0), tensor.stride(1), 0, tensor.stride(2)
 
 
+@lru_cache(maxsize=256)
+def _visits_all(path: str, grid: tuple[int, ...]) -> bool:
+    """Whether every direction of a path visits every token."""
+    table = scan_path(path, grid)
+    return table.order.shape[1] == table.num_tokens and int(table.order.min()) >= 0
+
+
 def _last_contiguous(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -94,8 +102,7 @@ class _Call:
         self.ratio = self.heads // self.groups
         self.order = scan_order(path, tuple(grid), x.device)
         self.num_steps = self.order.shape[1]
-        table = scan_path(path, tuple(grid)).order
-        self.complete = table.shape[1] == self.num_tokens and int(table.min()) >= 0
+        self.complete = _visits_all(path, tuple(grid))
         self.segment = None if seq_idx is None else self._segments(seq_idx)
         self.tiling = _tiling(self.x, self.B, self.num_steps, backward)
         self.chunks = -(-self.num_steps // self.tiling.chunk)
@@ -227,68 +234,102 @@ def _ungated_gradient(dy, z, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx
     return (dy * gate * sigmoid).to(x.dtype), dz if z.dim() == dy.dim() else dz.sum(2)
 
 
+@dataclass
+class _Backward:
+    """What the gradient kernels read: a call, dy in the layout of y, and the states around every chunk."""
+
+    call: _Call
+    dy: Tensor
+    before: Tensor  # (rows, chunks, P, N) state before the chunk
+    after: Tensor  # gradient of the state after it
+    dinitial: Tensor
+
+    @classmethod
+    def prepare(cls, call: _Call, dy: Tensor, initial_states: Tensor | None, dfinal: Tensor | None) -> _Backward:
+        dy = _last_contiguous(dy.to(call.x.dtype))
+        first, last = (None if state is None else state.float().contiguous() for state in (initial_states, dfinal))
+        before, through = call.contributions(call.x, call.x_strides(), call.B, call.chunks, reverse=False)
+        call.pass_on(before, through, first, reverse=False)
+        after, through = call.contributions(dy, _strides(dy, dy.dim() == 5), call.C, call.chunks, reverse=True)
+        return cls(call, dy, before, after, call.pass_on(after, through, last, reverse=True))
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        call = self.call
+        return self.dy, call.x, call.dt, call.A, call.B, call.C
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        call = self.call
+        return (
+            *_strides(self.dy, self.dy.dim() == 5), *call.x_strides(), *_strides(call.dt, True),
+            *_strides(call.B, True), *_strides(call.C, True),
+        )  # fmt: skip
+
+    def of_heads(self, D: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Launch ``ssd_gradients``: gradients of x (B, L, [K,] H, P), of dt, A and D."""
+        from visionmamba.kernels.triton.ssd import ssd_gradients
+
+        call = self.call
+        batch, tokens, directions, heads = call.batch, call.num_tokens, call.directions, call.heads
+        shared = call.x.dim() == 4 and directions > 1
+        dx = call.new(
+            batch, tokens, directions, heads, call.head_dim,
+            dtype=torch.float32 if shared else call.x.dtype, filled=call.complete,
+        )  # fmt: skip
+        ddt = call.new(batch, tokens, directions, heads, filled=call.complete)
+        dA = call.new(batch, directions, heads, call.chunks)
+        dD = None if D is None else call.new(batch, directions, heads, call.chunks, call.head_dim)
+        ssd_gradients[call.rows, call.chunks](
+            *self.inputs, call.or_any(call.D), call.or_any(call.bias), call.order, call.or_any(call.segment),
+            self.before, self.after, dx, ddt, dA, call.or_any(dD),
+            call.num_steps, tokens, directions, heads, call.ratio, call.chunks, *self.strides, *call.limits,
+            call.head_dim, call.states, **call.options, SKIP=_skip(D),
+        )  # fmt: skip
+        if dD is not None:
+            dD = dD.sum((0, 3))
+            dD = dD if D.dim() == 3 else dD.sum(-1)
+        return dx.sum(2) if shared else dx.reshape(call.x.shape), ddt, dA.sum((0, 3)), dD
+
+    def of_groups(self) -> tuple[Tensor, Tensor]:
+        """Launch ``ssd_shared_gradients``: gradients of B and C."""
+        from visionmamba.kernels.triton.ssd import ssd_shared_gradients
+
+        call = self.call
+        batch, tokens, directions = call.batch, call.num_tokens, call.directions
+        groups = batch * directions * call.groups
+        splits = min(call.ratio, -(-_SPLIT_PROGRAMS // (groups * call.chunks)))
+        heads_per_program = -(-call.ratio // splits)
+        splits = -(-call.ratio // heads_per_program)
+        dB, dC = (
+            call.new(batch, tokens, splits, directions, call.groups, call.states, filled=call.complete)
+            for _ in range(2)
+        )  # fmt: skip
+        ssd_shared_gradients[groups * splits, call.chunks](
+            *self.inputs, call.or_any(call.bias), call.order, call.or_any(call.segment), self.before, self.after,
+            dB, dC, call.num_steps, tokens, directions, call.heads, call.groups, call.ratio, heads_per_program,
+            splits, call.chunks, *self.strides, *call.limits, call.head_dim, call.states,
+            **call.options | {"num_warps": call.tiling.shared_warps},
+        )  # fmt: skip
+        return dB.sum(2), dC.sum(2)
+
+
 def backward(
     dy, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, path, grid, softplus, dt_min, dt_max, merge,
     chunk_size,
 ):  # fmt: skip
     """Compute the gradients of :func:`forward`'s nine floating-point tensors; None for absent ones."""
-    from visionmamba.kernels.triton.ssd import ssd_gradients, ssd_shared_gradients
-
     options = (path, grid, softplus, dt_min, dt_max)
     dz = None
     if z is not None:
         dy, dz = _ungated_gradient(dy, z, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, options, merge)
     call = _Call(x, dt, A, B, C, D, dt_bias, seq_idx, *options, backward=True)
-    dy = _last_contiguous(dy.to(call.x.dtype))
-    dy_strides = _strides(dy, dy.dim() == 5)
-
-    first = None if initial_states is None else initial_states.float().contiguous()
-    before, through = call.contributions(call.x, call.x_strides(), call.B, call.chunks, reverse=False)
-    call.pass_on(before, through, first, reverse=False)
-    after, through = call.contributions(dy, dy_strides, call.C, call.chunks, reverse=True)
-    last = None if dfinal is None else dfinal.float().contiguous()
-    dinitial = call.pass_on(after, through, last, reverse=True)
-
-    batch, tokens, directions, heads = call.batch, call.num_tokens, call.directions, call.heads
-    programs = batch * directions * call.groups * call.chunks
-    splits = min(call.ratio, -(-_SPLIT_PROGRAMS // programs))
-    per_program = -(-call.ratio // splits)
-    splits = -(-call.ratio // per_program)
-    shared = x.dim() == 4 and directions > 1
-    dx = call.new(
-        batch, tokens, directions, heads, call.head_dim,
-        dtype=torch.float32 if shared else call.x.dtype, filled=call.complete,
-    )  # fmt: skip
-    ddt = call.new(batch, tokens, directions, heads, filled=call.complete)
-    dB, dC = (
-        call.new(batch, tokens, splits, directions, call.groups, call.states, filled=call.complete) for _ in range(2)
-    )
-    dA = call.new(batch, directions, heads, call.chunks)
-    dD = None if D is None else call.new(batch, directions, heads, call.chunks, call.head_dim)
-    inputs = (dy, call.x, call.dt, call.A, call.B, call.C)
-    strides = (
-        *dy_strides, *call.x_strides(), *_strides(call.dt, True), *_strides(call.B, True), *_strides(call.C, True)
-    )  # fmt: skip
-    bias, segment = call.or_any(call.bias), call.or_any(call.segment)
-    ssd_gradients[call.rows, call.chunks](
-        *inputs, call.or_any(call.D), bias, call.order, segment, before, after, dx, ddt, dA, call.or_any(dD),
-        call.num_steps, tokens, directions, heads, call.ratio, call.chunks, *strides, *call.limits,
-        call.head_dim, call.states, **call.options, SKIP=_skip(D),
-    )  # fmt: skip
-    ssd_shared_gradients[batch * directions * call.groups * splits, call.chunks](
-        *inputs, bias, call.order, segment, before, after, dB, dC,
-        call.num_steps, tokens, directions, heads, call.groups, call.ratio, per_program, splits, call.chunks,
-        *strides, *call.limits, call.head_dim, call.states,
-        **call.options | {"num_warps": call.tiling.shared_warps},
-    )  # fmt: skip
-    if dD is not None:
-        dD = dD.sum((0, 3))
-        dD = dD if D.dim() == 3 else dD.sum(-1)
-    return (
-        (dx.sum(2) if shared else dx.reshape(x.shape)), ddt, dA.sum((0, 3)), dB.sum(2), dC.sum(2), dD, dz,
-        None if dt_bias is None else ddt.sum((0, 1)),
-        None if initial_states is None else dinitial.reshape(initial_states.shape),
-    )  # fmt: skip
+    gradients = _Backward.prepare(call, dy, initial_states, dfinal)
+    dx, ddt, dA, dD = gradients.of_heads(D)
+    dB, dC = gradients.of_groups()
+    dbias = None if dt_bias is None else ddt.sum((0, 1))
+    dinitial = None if initial_states is None else gradients.dinitial.reshape(initial_states.shape)
+    return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
 
 
 register_implementation(Implementation("ssd", "triton", device_types(), forward, backward, probe, _supports))
