@@ -1,11 +1,12 @@
 """Time the 1-D line on one GPU: SSD, decoding, and Mamba against a Transformer of equal size as sequences grow.
 
-    python tools/bench_language.py ssd --output benchmarks/language_h200
-    python tools/bench_language.py decode --output benchmarks/language_h200
-    python tools/bench_language.py length --output benchmarks/language_h200
+    python tools/bench_language.py ssd --output benchmarks/language
+    python tools/bench_language.py decode --output benchmarks/language
+    python tools/bench_language.py length --output benchmarks/language
 
 ``ssd`` takes the medians of Triton's ``do_bench`` (25 ms warm-up, 80 ms), bf16 activations, float32 A, D and bias; the
-backward is that of all inputs. Each command writes a JSON file; ``length`` also draws a plot.
+backward is that of all inputs; ``fwd_graph_ms`` is the forward as a CUDA graph, without launches. Each command writes a
+JSON file; ``length`` also draws a plot.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _ssd_inputs(batch: int, length: int, heads: int, head_dim: int, states: int)
 
 def ssd() -> dict[str, Any]:
     """Forward and backward times of the three shapes, and their distance to a float32 run of the PyTorch backend."""
-    from triton.testing import do_bench
+    from triton.testing import do_bench, do_bench_cudagraph
 
     from visionmamba.ops import backend
 
@@ -69,6 +70,7 @@ def ssd() -> dict[str, Any]:
 
         with torch.no_grad():
             forward = do_bench(call, warmup=25, rep=80, return_mode="median")
+            kernels = do_bench_cudagraph(call, rep=40, return_mode="median")
         out = call()
         cotangent = torch.randn_like(out)
         tensors = list(inputs.values())
@@ -83,7 +85,8 @@ def ssd() -> dict[str, Any]:
             expected = torch.autograd.grad(reference, list(wide.values()), cotangent.float())
         errors = {"y": _relative(out, reference)}
         errors |= {key: _relative(g, e) for key, g, e in zip(wide, back(), expected, strict=True)}
-        results[name] = {"fwd_ms": round(forward, 4), "bwd_ms": round(backward, 4), "relative_errors": errors}
+        results[name] = {"fwd_ms": round(forward, 4), "bwd_ms": round(backward, 4)}
+        results[name] |= {"fwd_graph_ms": round(kernels, 4), "relative_errors": errors}
         print(name, results[name], flush=True)
     return results
 
