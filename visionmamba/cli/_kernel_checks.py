@@ -20,6 +20,8 @@ from visionmamba.ops import (
     selective_scan,
     selective_state_update,
 )
+from visionmamba.ops.channel_norm import channel_norm
+from visionmamba.ops.gelu_linear import gelu_linear
 
 from ._common import one_line
 
@@ -111,6 +113,31 @@ def _add_norm(device: str) -> list[Tensor]:
     return [y, *torch.autograd.grad((y * torch.randn(y.shape, device=device)).sum(), (x, residual))]
 
 
+def _channel_norm(device: str) -> list[Tensor]:
+    x, added = torch.randn(2, 2, 64, 96, device=device).requires_grad_().unbind()
+    weight, bias = torch.randn(2, 96, device=device).requires_grad_().unbind()
+    out, total = channel_norm(x, weight, bias, added=added)
+    cotangents = [torch.randn(out.shape, device=device) for _ in range(2)]
+    return [out, total, *torch.autograd.grad((out, total), (x, added, weight, bias), cotangents)]
+
+
+def _gelu_linear(device: str) -> list[Tensor]:
+    x, weight = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((2, 64, 96), (48, 96)))
+    y = gelu_linear(x, weight)
+    return [y, *torch.autograd.grad(y, (x, weight), torch.randn(y.shape, device=device))]
+
+
+def _low_rank_scan(device: str) -> list[Tensor]:
+    u, delta = torch.randn(2, 63, 40, device=device), torch.randn(2, 63, 4, 6, device=device)
+    weight = torch.randn(4, 40, 6, device=device) / 4
+    B, C = torch.randn(2, 2, 63, 4, 1, device=device).unbind()
+    tensors = [t.requires_grad_() for t in (u, delta, weight)]
+    y, _ = selective_scan(
+        u, delta, -torch.rand(4, 40, 1, device=device), B, C, dt_weight=weight, path=_CROSS, grid=[7, 9]
+    )
+    return [y, *torch.autograd.grad(y, tensors, torch.randn(y.shape, device=device))]
+
+
 _CROSS = "h,v,h_flip,v_flip"
 _CASES: list[tuple[str, str, torch.dtype, Callable[[str], list[Tensor]]]] = [
     ("selective_scan", "16 states, gate", torch.float32, _scan("h,h_flip", (65,), 16, torch.float32, gate=True)),
@@ -119,12 +146,15 @@ _CASES: list[tuple[str, str, torch.dtype, Callable[[str], list[Tensor]]]] = [
     ("selective_scan", "1 state, cross", torch.float32, _scan(_CROSS, (7, 9), 1, torch.float32)),
     ("selective_scan", "1 state, several rounds", torch.float32, _scan(_CROSS, (30, 31), 1, torch.float32, 70)),
     ("selective_scan", "1 state, bf16", torch.bfloat16, _scan(_CROSS, (28, 28), 1, torch.bfloat16, 40)),
+    ("selective_scan", "1 state, low-rank steps", torch.float32, _low_rank_scan),
     ("causal_conv1d", "both ways", torch.float32, _conv),
     ("causal_conv1d_update", "one step", torch.float32, _conv_update),
     ("selective_state_update", "one step", torch.float32, _state_update),
     ("ssd", "two chunks", torch.bfloat16, _ssd),  # tensor cores round its products
     ("gated_norm", "RMS", torch.float32, _gated_norm),
     ("add_norm", "layer norm", torch.float32, _add_norm),
+    ("channel_norm", "sum and norm", torch.float32, _channel_norm),
+    ("gelu_linear", "gradients", torch.float32, _gelu_linear),
 ]
 
 
