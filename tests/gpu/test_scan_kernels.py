@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from visionmamba.ops import backend, path_scan_reference, selective_scan
+from visionmamba.ops import backend, cuda_runtime, path_scan_reference, selective_scan
 from visionmamba.ops.scan_path import scan_path
 
 pytestmark = pytest.mark.gpu
@@ -99,6 +99,25 @@ def random_shape(data):
 def test_long_paths_run_in_chunks(states):
     tensors = draw("h,h_flip", (700,), batch=1, channels=40, states=states)
     check(tensors, torch.float32, path="h,h_flip", grid=(700,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("states", [5, 16])
+@pytest.mark.parametrize("path", ["h,h_flip", "snake_h,snake_v,snake_v_flip,snake_h_flip"])
+def test_a_direction_and_its_reverse_share_a_block(path, states, dtype, monkeypatch):
+    module, names = importlib.import_module("visionmamba.ops.selective_scan.cuda"), []
+    run = cuda_runtime.Launcher.run
+    monkeypatch.setattr(module, "_WARPS_WANTED", 0)  # else so few rows would be cut otherwise
+    monkeypatch.setattr(
+        cuda_runtime.Launcher, "run", lambda self, file, name, *rest: names.append(name) or run(self, file, name, *rest)
+    )
+    grid = (61,) if path == "h,h_flip" else (7, 9)
+    tensors = draw(path, grid, 3, 70, states, dtype)
+    check(tensors, dtype, path=path, grid=grid)
+    assert "scan_paired" in names
+    first, cotangents = results(selective_scan, tensors, path=path, grid=grid)
+    second, _ = results(selective_scan, tensors, cotangents, path=path, grid=grid)
+    assert torch.equal(first["y"], second["y"])
 
 
 @pytest.mark.parametrize("states", [1, 16])
