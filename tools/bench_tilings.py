@@ -21,8 +21,8 @@ tile = importlib.import_module("visionmamba.ops.selective_scan.cuda_tile")
 
 STAGES = [f"vmamba_t_stage{i}" for i in (1, 2, 3, 4)]
 CUTS = [
-    tile.Cut(16, 2, 8, 384), tile.Cut(16, 2, 8, 256), tile.Cut(16, 4, 4, 384), tile.Cut(16, 2, 4, 384),
-    tile.Cut(8, 2, 8, 192), tile.Cut(32, 4, 4, 384), tile.Cut(16, 4, 8, 256),
+    tile.Cut(64, 2, 7, 2, 14), tile.Cut(64, 2, 7, 4, 12), tile.Cut(32, 2, 7, 8, 8), tile.Cut(16, 2, 7, 7, 14),
+    tile.Cut(16, 2, 7, 12, 12), tile.Cut(16, 2, 7, 15, 15), tile.Cut(8, 2, 7, 7, 14),
 ]  # fmt: skip
 FORWARD = [
     scan.Tiling(8, 2, 8, 1, 4), scan.Tiling(8, 1, 8, 1, 4), scan.Tiling(8, 2, 8, 1, 4, 4), scan.Tiling(4, 2, 8, 1, 4),

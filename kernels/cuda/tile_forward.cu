@@ -1,130 +1,219 @@
-// The forward of the scan with one state a channel. See tile_scan.cuh and kernels/README.md.
+// The forward of the scan with one state a channel. See tile_walk.cuh and kernels/README.md.
 #include "common.cuh"
-#include "tile_scan.cuh"
+#include "tile_walk.cuh"
 
-// What a thread reads of its STEPS steps, as loaded. Steps without a token read token 0; their Delta is set to zero
-// instead, which leaves the state as it is, and their output is not written.
-struct Round {
-  int token[STEPS];
-  Raw<VEC> u[STEPS];
-  RawDelta<VEC> delta[STEPS];
-  act_t B[STEPS], C[STEPS];
-  __device__ __forceinline__ void load(const TileArgs& p, const Seat& at, int k, int first) {
-    Direction in;
-    in.enter(p, at, k);
+// A row of the output, times silu(z) with GATE.
+__device__ __forceinline__ void store_row(const TileArgs& p, const Seat& at, int k, int token, float y[VEC]) {
+  if (!at.ok || (!FULL && token < 0)) return;
+#if GATE
+  float z[VEC];
+  unpack(load_raw<VEC>(row_of(p.z + at.b * p.z_b + (int64)k * p.z_k + at.channel, token, p.z_l)), z);
+#pragma unroll
+  for (int v = 0; v < VEC; v++) y[v] *= silu(z[v]);
+#endif
+  const int directions = MERGE ? 1 : p.K, row = directions * p.channels * (int)sizeof(act_t);
+  act_t* y_k = p.y + ((int64)at.b * p.L * directions + (MERGE ? 0 : k)) * p.channels + at.channel;
+  store_act<VEC>(row_of(y_k, token, row), y);
+}
+
+// One warp to the next: the one that arrives does not wait.
+#ifndef VM_EMULATE
+__device__ __forceinline__ void pair_arrive(int id) { asm volatile("bar.arrive %0, 64;" :: "r"(id) : "memory"); }
+__device__ __forceinline__ void pair_wait(int id) { asm volatile("bar.sync %0, 64;" :: "r"(id) : "memory"); }
+#endif
+
+// The next piece of a warp. All warps' pieces are those of all directions in order.
+__device__ __forceinline__ void advance(const TileArgs& p, Place& place) {
+  place.i += WARPS;
+  if (place.i >= p.pieces) { place.i -= p.pieces; place.k++; }
+}
+
+struct Forward {
+  const TileArgs& p;
+  const Seat at;
+  float *handed;       // [WARPS][TILE_CHANNELS]: the state that enters each warp's piece
+  float *parameters;   // [3][DIRECTIONS][TILE_CHANNELS]: A, bias and D
+  Common common;
+  Bases bases;
+  Tile tile;
+  float carry[VEC];    // with one warp: the state that enters its piece
+  int finished;        // directions whose results are all in the tile
+
+  __device__ __forceinline__ Forward(const TileArgs& p) : p(p), at(p) {
+    handed = dynamic_shared;
+    parameters = handed + WARPS * TILE_CHANNELS;
+    common.enter(p, at, parameters + 3 * DIRECTIONS * TILE_CHANNELS);
+    bases.enter(p, at);
+    tile.enter(at, parameters + 3 * DIRECTIONS * TILE_CHANNELS + WARPS * WARP_WORDS);
+    finished = 0;
+  }
+  // With MERGE, the first direction of a complete path sets the tile (with ONE_SKIP to all directions' skips), the last
+  // writes the result.
+  __device__ __forceinline__ bool sets(int k) const { return !MERGE || (COMPLETE && k == 0); }
+  __device__ __forceinline__ bool writes(int k) const { return !MERGE || (COMPLETE && k == p.K - 1); }
+
+  __device__ __forceinline__ void parameter(int which, int k, float f[VEC]) const {
+    load_floats<VEC>(parameters + (which * DIRECTIONS + k) * TILE_CHANNELS + at.column, f);
+  }
+  __device__ __forceinline__ void stage_parameters() const {
+    const int size = DIRECTIONS * TILE_CHANNELS;
+    stage_columns(p, at, p.A, 1.f, parameters);
+    stage_columns(p, at, p.bias, DECAY_SCALE, parameters + size);
+    stage_columns(p, at, p.D, 1.f, parameters + 2 * size);
+    if (MERGE && !COMPLETE) tile.clear(p);
+    __syncthreads();
+    if (ONE_SKIP) {
+      for (int i = threadIdx.x; i < TILE_CHANNELS; i += THREADS)
+        for (int k = 1; k < p.K; k++) parameters[2 * size + i] += parameters[2 * size + k * TILE_CHANNELS + i];
+      __syncthreads();
+    }
+  }
+
+  // The state that enters this warp's piece, and what it hands to the next.
+  __device__ __forceinline__ void exchange(Place now, const Link total[VEC], float enters[VEC]) const {
+    if (now.i == 0) {
+      load_columns(p.state_in, p, at, (int64)at.b * p.K + now.k, enters);
+    } else if (WARPS == 1) {
+#pragma unroll
+      for (int v = 0; v < VEC; v++) enters[v] = carry[v];
+    } else {
+      pair_wait(1 + at.warp);
+      load_floats<VEC>(handed + at.warp * TILE_CHANNELS + at.column, enters);
+    }
+    if (WARPS > 1 && now.i + 1 < p.pieces) {
+      const int next = at.warp + 1 < WARPS ? at.warp + 1 : 0;
+      float leaves[VEC];
+#pragma unroll
+      for (int v = 0; v < VEC; v++) leaves[v] = total[v].decay * enters[v] + total[v].h;
+      if (at.chunk == CHUNKS - 1) store_floats<VEC>(handed + next * TILE_CHANNELS + at.column, leaves);
+      pair_arrive(1 + next);
+    }
+  }
+
+  // Read the first piece's inputs and the second one's tokens.
+  __device__ __forceinline__ void start(Place now, Place& next, Place& later, Inputs<false>& inputs) {
+    int token[SLOTS];
+    common.load_tokens(p, at, now);
+    common.leave_tokens(at, 0);
+    __syncwarp();
+    common.tokens(at, 0, token);
+    inputs.load(p, at, bases, now, token);
+    common.load(p, at, now);
+    advance(p, later);
+    next = later;
+    if (next.k < p.K) common.load_tokens(p, at, next);
+    advance(p, later);
+    stage_parameters();
+  }
+
+  // Read the inputs of the piece `next` after bringing those of `now` to shared memory.
+  __device__ __forceinline__ void prepare(Place next, Place later, Inputs<false>& inputs, int turn) {
+    __syncwarp();
+    common.leave_projections(at);
+    common.leave_tokens(at, turn ^ 1);
+    __syncwarp();
+    if (next.k >= p.K) return;
+    int token[SLOTS];
+    common.tokens(at, turn ^ 1, token);
+    inputs.load(p, at, bases, next, token);
+    common.load(p, at, next);
+    if (later.k < p.K) common.load_tokens(p, at, later);
+  }
+
+  __device__ __forceinline__ void walk(Place now, const Inputs<false>& inputs, int turn) {
+    float a[STEPS][VEC], b[STEPS][VEC], A[VEC], bias[VEC], B[SLOTS], C[SLOTS], sum[STEPS][VEC], h[VEC];
+    int token[SLOTS];
+    Link own[VEC], before[VEC], total[VEC];
+    parameter(0, now.k, A);
+    parameter(1, now.k, bias);
+    common.read_B(at, B);
+    common.tokens(at, turn, token);
+#pragma unroll
+    for (int v = 0; v < VEC; v++) own[v].decay = own[v].h = 0.f;  // .decay: the sum of Delta, until it is turned
 #pragma unroll
     for (int j = 0; j < STEPS; j++) {
-      const int seen = max(token[j], 0), read = max(row_read(token[j], first + j), 0);
-      u[j] = load_raw<VEC>(row_of(in.u, seen, p.u_l));
-      delta[j] = load_delta<VEC>(row_of(in.delta, read, p.delta_l));
-      B[j] = *row_of(in.B, read, p.B_l);
-      C[j] = *row_of(in.C, read, p.C_l);
+      float x[VEC], f[VEC];
+      step_size<false>(inputs.delta[j], bias, token[j] >= 0, x, nullptr);
+      unpack(inputs.u[j], f);
+#pragma unroll
+      for (int v = 0; v < VEC; v++) {
+        a[j][v] = decay_of(x[v], A[v]);
+        b[j][v] = x[v] * f[v] * B[j];
+        own[v].decay += x[v];
+        own[v].h = a[j][v] * own[v].h + b[j][v];
+      }
     }
+#pragma unroll
+    for (int v = 0; v < VEC; v++) own[v].decay = decay_of(own[v].decay, A[v]);
+    scan_warp<false>(at, own, before, total);
+    if (finished < now.k) { __syncthreads(); finished++; }
+    exchange(now, total, h);
+#pragma unroll
+    for (int v = 0; v < VEC; v++) h[v] = before[v].decay * h[v] + before[v].h;
+    if (!sets(now.k)) {
+#pragma unroll
+      for (int j = 0; j < STEPS; j++) tile.read(token[j], sum[j]);
+    }
+    if (!ONE_SKIP || sets(now.k)) {
+      float skip[VEC];
+      parameter(2, now.k, skip);
+#pragma unroll
+      for (int j = 0; j < STEPS; j++) {
+        float f[VEC];
+        unpack(inputs.u[j], f);
+#pragma unroll
+        for (int v = 0; v < VEC; v++) sum[j][v] = skip[v] * f[v] + (sets(now.k) ? 0.f : sum[j][v]);
+      }
+    }
+    common.read_C(at, C);
+#pragma unroll
+    for (int j = 0; j < STEPS; j++)
+#pragma unroll
+      for (int v = 0; v < VEC; v++) {
+        h[v] = a[j][v] * h[v] + b[j][v];
+        sum[j][v] += h[v] * C[j];
+      }
+    if (writes(now.k)) {
+#pragma unroll
+      for (int j = 0; j < STEPS; j++) store_row(p, at, now.k, token[j], sum[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < STEPS; j++) tile.write(token[j], sum[j]);
+    }
+    if (WARPS == 1)
+#pragma unroll
+      for (int v = 0; v < VEC; v++) carry[v] = CHUNKS > 1 ? __shfl_sync(FULL_WARP, h[v], 32 - LANES + at.lane % LANES) : h[v];
+    if (now.i + 1 == p.pieces && at.chunk == CHUNKS - 1) store_columns(p.last_state, p, at, (int64)at.b * p.K + now.k, h);
+  }
+
+  __device__ __forceinline__ void finish() {
+    for (; MERGE && !COMPLETE && finished < p.K; finished++) __syncthreads();
+    if (MERGE && !COMPLETE)
+      for (int l = threadIdx.x / LANES; l < p.L; l += THREADS / LANES) {
+        float y[VEC];
+        load_floats<VEC>(tile.rows + l * TILE_CHANNELS + at.column, y);
+        store_row(p, at, 0, l, y);
+      }
   }
 };
 
-// The state that enters this thread's steps, from `carry` at the start of the round; moves `carry` to the round's end.
-__device__ __forceinline__ void collect(const Seat& at, const Link* totals, const Link before[VEC], float carry[VEC], float enters[VEC]) {
-#pragma unroll
-  for (int v = 0; v < VEC; v++) enters[v] = 0.f;
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) {
-#pragma unroll
-    for (int v = 0; v < VEC; v++) {
-      const Link total = totals[w * TILE_CHANNELS + at.column + v];
-      if (w == at.warp) enters[v] = before[v].decay * carry[v] + before[v].h;
-      carry[v] = total.decay * carry[v] + total.h;
-    }
-  }
-}
-
-// Add to (the first direction of a complete path: set) a token's entry of the tile.
-__device__ __forceinline__ void accumulate(const Tile& tile, const Seat& at, int token, int k, float f[VEC]) {
-  if (!(COMPLETE && k == 0)) {
-    float sum[VEC];
-    tile.read(at, token, sum);
-#pragma unroll
-    for (int v = 0; v < VEC; v++) f[v] += sum[v];
-  }
-  tile.write(at, token, f);
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_forward(const __grid_constant__ TileArgs p) {
-  Link* totals = (Link*)dynamic_shared;  // [2][WARPS][TILE_CHANNELS]
-  Tile tile;
-  tile.rows = dynamic_shared + 4 * WARPS * TILE_CHANNELS;
-  const Seat at(p);
-  if (!COMPLETE) tile.clear(p);
-  Round next;
-  load_tokens(p.order, at.first_step(0), next.token);
-  next.load(p, at, 0, at.first_step(0));
-  int turn = 0;
-  for (int k = 0; k < p.K; k++) {
-    float a2[VEC], bias[VEC], skip[VEC], carry[VEC];
-    load_columns(p.A, p, at, k, a2);
-    load_columns(p.bias, p, at, k, bias);
-    load_columns(p.D, p, at, k, skip);
-    load_columns(p.state_in, p, at, (int64)at.b * p.K + k, carry);
-#pragma unroll
-    for (int v = 0; v < VEC; v++) a2[v] *= DECAY_SCALE;
-    for (int round = 0; round < p.rounds; round++, turn ^= 1) {
-      Round now = next;
-      const int next_k = round + 1 < p.rounds ? k : k + 1, next_first = at.first_step(round + 1 < p.rounds ? round + 1 : 0);
-      if (next_k < p.K) load_tokens(p.order + (int64)next_k * p.P, next_first, next.token);
-      float a[STEPS][VEC], b[STEPS][VEC];
-      Link own[VEC], before[VEC], total[VEC];
-#pragma unroll
-      for (int v = 0; v < VEC; v++) own[v].decay = own[v].h = 0.f;  // .decay: the sum of Delta, until it is turned
-#pragma unroll
-      for (int j = 0; j < STEPS; j++) {
-        float x[VEC], f[VEC];
-        step_size<false>(now.delta[j], bias, now.token[j] >= 0, x, nullptr);
-        unpack(now.u[j], f);
-        const float B = to_float(now.B[j]);
-#pragma unroll
-        for (int v = 0; v < VEC; v++) {
-          a[j][v] = decay_of(x[v], a2[v]);
-          b[j][v] = x[v] * f[v] * B;
-          own[v].decay += x[v];
-          own[v].h = a[j][v] * own[v].h + b[j][v];
-        }
-      }
-#pragma unroll
-      for (int v = 0; v < VEC; v++) own[v].decay = decay_of(own[v].decay, a2[v]);
-      Link* shared = totals + turn * WARPS * TILE_CHANNELS;
-      scan_warp<false>(at, own, before, total);
-      if (at.lane / GROUPS == PER_WARP - 1)
-#pragma unroll
-        for (int v = 0; v < VEC; v++) shared[at.warp * TILE_CHANNELS + at.column + v] = total[v];
-      if (next_k < p.K) next.load(p, at, next_k, next_first);
-      __syncthreads();
-      float h[VEC];
-      collect(at, shared, before, carry, h);
-#pragma unroll
-      for (int j = 0; j < STEPS; j++) {
-        float f[VEC], y[VEC];
-        unpack(now.u[j], f);
-        const float C = to_float(now.C[j]);
-#pragma unroll
-        for (int v = 0; v < VEC; v++) {
-          h[v] = a[j][v] * h[v] + b[j][v];
-          y[v] = h[v] * C + skip[v] * f[v];
-        }
-#if MERGE
-        accumulate(tile, at, now.token[j], k, y);
-#else
-        if (now.token[j] >= 0 && at.ok) {
-#if GATE
-          unpack(load_raw<VEC>(row_of(p.z + at.b * p.z_b + (int64)k * p.z_k + at.channel, now.token[j], p.z_l)), f);
-#pragma unroll
-          for (int v = 0; v < VEC; v++) y[v] *= silu(f[v]);
-#endif
-          store_act<VEC>(p.y + (((int64)at.b * p.L + now.token[j]) * p.K + k) * p.channels + at.channel, y);
-        }
-#endif
-      }
-    }
-    if (at.chunk == 0) store_columns(p.last_state, p, at, (int64)at.b * p.K + k, carry);
+  Forward block(p);
+  Place now, next, later;
+  now.k = 0; now.i = block.at.warp;
+  later = now;
+  Inputs<false> even, odd;
+  block.start(now, next, later, even);
+  while (now.k < p.K) {
+    block.prepare(next, later, odd, 0);
+    block.walk(now, even, 0);
+    now = next; next = later; advance(p, later);
+    if (now.k >= p.K) break;
+    block.prepare(next, later, even, 1);
+    block.walk(now, odd, 1);
+    now = next; next = later; advance(p, later);
   }
-  if (MERGE) tile.store(p, at, p.y, true);
+  // A warp passes as many barriers as the others, though it has no piece of the last directions.
+  for (; block.finished < p.K - 1; block.finished++) __syncthreads();
+  block.finish();
 }

@@ -32,12 +32,18 @@ static ucontext_t scheduler;
 static unsigned current;
 static std::vector<Barrier> warp_barriers;
 static Barrier block_barrier;
+static Barrier named_barriers[16];
 static float exchange[2][1024];
 static std::function<void()> body;
 static inline void yield() { swapcontext(&threads[current].context, &scheduler); }
+static inline bool arrive(Barrier& b, unsigned count) {
+  if (++b.arrived < count) return false;
+  b.arrived = 0; b.generation++;
+  return true;
+}
 static inline void wait(Barrier& b, unsigned count) {
   const unsigned generation = b.generation;
-  if (++b.arrived == count) { b.arrived = 0; b.generation++; return; }
+  if (arrive(b, count)) return;
   while (b.generation == generation) yield();
 }
 static inline void warp_wait() { wait(warp_barriers[current / 32], 32); }
@@ -49,6 +55,7 @@ static void run(unsigned blocks, unsigned block_threads, std::function<void()> f
   for (unsigned b = 0; b < blocks; b++) {
     warp_barriers.assign((block_threads + 31) / 32, Barrier());
     block_barrier = Barrier();
+    for (auto& b : named_barriers) b = Barrier();
     for (auto& t : threads) {
       t.stack.resize(1 << 17); t.done = false; t.shuffles = 0;
       getcontext(&t.context);
@@ -83,6 +90,9 @@ template <class T> static inline T __shfl_up_sync(unsigned, T v, unsigned delta)
 template <class T> static inline T __shfl_down_sync(unsigned, T v, unsigned delta) { unsigned l = simt::current & 31; return simt::shuffle(v, l + delta < 32 ? l + delta : l); }
 static inline void __syncwarp() { simt::warp_wait(); }
 static inline void __syncthreads() { simt::wait(simt::block_barrier, (unsigned)simt::threads.size()); }
+
+static inline void pair_arrive(int id) { simt::arrive(simt::named_barriers[id], 64); }
+static inline void pair_wait(int id) { simt::wait(simt::named_barriers[id], 64); }
 
 static inline float exp2_approx(float x) { return exp2f(x); }
 static inline float log2_approx(float x) { return log2f(x); }

@@ -29,8 +29,8 @@ def tile_macros(kind, tokens, dtype=BF16, vec=2, merge=True):
     class Device:
         multiprocessors, shared_bytes = 1, 232448
 
-    plan = tile.plan(kind, 64, tokens, tokens, 96, vec, merge, Device)
-    return tile.macros(dtype, plan, FLAGS, merge=merge, complete=True, gate=False)
+    plan = tile.plan(kind, 64, tokens, tokens, 64 if tokens < 100 else 96, 4, vec, merge, True, Device)
+    return tile.macros(dtype, plan, FLAGS, merge=merge, complete=True, shared=True, gate=False)
 
 
 def specialisations(architecture="sm_90"):

@@ -30,9 +30,17 @@ SCANS = {
     "cross": dict(path="h,v,h_flip,v_flip", grid=(9, 8), channels=34, states=1),
     "cross_bf16": dict(path="h,v", grid=(7, 7), channels=8, states=1, dtype=torch.bfloat16),
     "cross_in_rounds": dict(path="h,v", grid=(20, 30), batch=1, channels=16, states=1, gate=False),
-    "cross_in_five_rounds": dict(path="h,v_flip", grid=(17, 18), batch=1, channels=20, states=1, cut=(16, 2, 8, 64)),
-    "cross_in_four_rounds": dict(path="h,v", grid=(7, 9), batch=1, channels=8, states=1, cut=(16, 4, 4, 32)),
-    "wide_tiles": dict(path="h,v", grid=(7, 7), batch=1, channels=36, states=1, cut=(32, 4, 8, 384)),
+    "cross_in_five_rounds": dict(
+        path="h,v_flip", grid=(17, 18), batch=1, channels=20, states=1, gate=False, cut=(16, 2, 8, 2, 8)
+    ),
+    "cross_in_four_rounds": dict(path="h,v", grid=(7, 9), batch=1, channels=8, states=1, cut=(16, 4, 4, 1, 8)),
+    "wide_tiles": dict(path="h,v", grid=(7, 7), batch=1, channels=36, states=1, gate=False, cut=(32, 4, 8, 8, 8)),
+    "whole_pieces": dict(
+        path="h,v_flip,v", grid=(14, 14), batch=1, channels=64, states=1, gate=False, cut=(32, 2, 7, 7, 8)
+    ),
+    "apart": dict(path="h,v_flip", grid=(7, 6), channels=9, states=1, gate=False, merge=False, own_input=True),
+    "own_inputs": dict(path="h,v_flip", grid=(6, 8), channels=8, states=1, gate=False, own_input=True),
+    "steps_apart": dict(path="w3,h", grid=(6, 5), channels=8, states=1, gate=False, merge=False, step_order=True),
     "sub_grids": dict(path="sub_200,subT_201", grid=(7, 9), channels=16, states=1, gate=False),
     "windows": dict(path="w3,h", grid=(7, 5), channels=12, states=3, merge=False),
     "step_order": dict(path="snake_h,snake_v", grid=(6, 6), channels=33, states=5, step_order=True, own_input=True),

@@ -296,8 +296,8 @@ class _Scan(Call):
 def _tile_plan(kind: str, call: Call, merge: bool) -> cuda_tile.TilePlan | None:
     if call.states != 1:
         return None
-    sizes = (call.batch, call.num_tokens, call.num_steps, call.channels)
-    return cuda_tile.plan(kind, *sizes, call.widest, merge, call.launcher)
+    sizes = (call.batch, call.num_tokens, call.num_steps, call.channels, call.directions)
+    return cuda_tile.plan(kind, *sizes, call.widest, merge, call.visits.complete, call.launcher)
 
 
 def forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,10 +12,9 @@ from .cuda_call import ACT, Call, padded_order, strides
 
 __all__ = ["TilePlan", "backward", "forward", "macros", "plan"]
 
-_MAX_ROUNDS = 64
-_GRAIN = {"forward": 64, "backward": 32}  # threads come in multiples of
-_THREADS_AT_ONCE = 384  # a multiprocessor: leaves each 168 registers
-_SHARED_AT_ONCE = 228 * 1024
+_MAX_DIRECTIONS = 8
+_SHARED_AT_ONCE = 228 * 1024  # of a multiprocessor; a block takes 1 KiB more than it asks for
+_MAX_WARPS = 15  # of a forward block: one of its 16 barriers is the block's own
 
 
 @dataclass(frozen=True)
@@ -23,24 +22,31 @@ class Cut:
     """A way to cut the work.
 
     Args:
-        channels: TILE_CHANNELS of ``tile_scan.cuh``.
+        channels: TILE_CHANNELS of ``tile_walk.cuh``.
         vec: Its VEC.
         steps: Its STEPS.
-        threads: Its THREADS at most.
+        warps: Its WARPS at most.
+        warps_at_once: Warps a multiprocessor that registers must suffice for.
         most_steps: The longest path that it suits.
     """
 
     channels: int
     vec: int
     steps: int
-    threads: int
+    warps: int
+    warps_at_once: int
     most_steps: int = 2**31
 
 
 CUTS = {
-    "forward": [Cut(16, 2, 8, 384), Cut(8, 2, 8, 384)],
-    "backward": [Cut(32, 4, 4, 384, 96), Cut(16, 2, 8, 384, 96), Cut(8, 2, 8, 192, 400), Cut(16, 2, 4, 384, 1600)],
-}
+    "forward": [
+        Cut(64, 2, 7, 2, 15, 96), Cut(64, 2, 7, 4, 15, 400), Cut(16, 2, 7, 7, 14, 1600), Cut(16, 2, 7, 12, 12),
+        Cut(8, 2, 7, 12, 12),
+    ],
+    "backward": [
+        Cut(64, 2, 7, 2, 8, 96), Cut(64, 2, 7, 4, 8, 400), Cut(32, 2, 7, 8, 8, 1000), Cut(16, 2, 7, 8, 8, 1600),
+    ],
+}  # fmt: skip
 """The ways to cut each pass, best first, as measured on an H200: where none suits, ``selective_scan.cu`` is faster."""
 
 
@@ -51,34 +57,50 @@ class TilePlan:
     Args:
         channels: Channels a block.
         vec: Channels a thread.
-        steps: Steps a thread and round.
-        threads: Threads a block.
-        rounds: Rounds that a direction takes.
+        steps: Steps a thread takes of a piece.
+        warps: Warps a block.
+        pieces: Pieces of a direction.
         blocks: Blocks of the launch.
         shared_bytes: Dynamic shared memory.
         min_blocks: Blocks a multiprocessor that registers must suffice for.
+        full: Whether every step of every piece has a token, and every lane a channel.
     """
 
     channels: int
     vec: int
     steps: int
-    threads: int
-    rounds: int
+    warps: int
+    pieces: int
     blocks: int
     shared_bytes: int
     min_blocks: int
+    full: bool
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of a direction, with those that pad the last pieces."""
+        return self.pieces * 32 * self.vec // self.channels * self.steps
 
 
-def _shared_words(kind: str, cut: Cut, threads: int, rounds: int) -> int:
+def _shared_words(kind: str, channels: int, vec: int, steps: int, warps: int, pieces: int) -> int:
     """Return the floats of shared memory beside the tile: as the kernels lay it out."""
-    warps, projections = threads // 32, 2 * threads // (cut.channels // cut.vec) * cut.steps
+    common = warps * 4 * (32 * vec // channels) * (-(-steps // 4) * 4) + 3 * _MAX_DIRECTIONS * channels
     if kind == "forward":
-        return 4 * warps * cut.channels
-    return 3 * (rounds * warps + max(warps, threads // cut.channels)) * cut.channels + projections
+        return common + warps * channels
+    return common + 3 * (max(warps, 32 * warps // channels) + pieces) * channels
 
 
 def plan(
-    kind: str, batch: int, num_tokens: int, num_steps: int, channels: int, vec: int, merge: bool, launcher: Launcher
+    kind: str,
+    batch: int,
+    num_tokens: int,
+    num_steps: int,
+    channels: int,
+    directions: int,
+    vec: int,
+    merge: bool,
+    complete: bool,
+    launcher: Launcher,
 ) -> TilePlan | None:
     """Cut a shape into blocks; None where another kernel suits it better.
 
@@ -88,43 +110,48 @@ def plan(
         num_tokens: L.
         num_steps: P.
         channels: D.
+        directions: K.
         vec: Most channels that can be read at a time.
         merge: Whether the directions' results are summed in shared memory.
+        complete: Whether every direction visits every token.
         launcher: The device.
     """
     for cut in CUTS[kind]:
-        if num_steps > cut.most_steps or 1 < vec < cut.vec:
+        if num_steps > cut.most_steps or 1 < vec < cut.vec or directions > _MAX_DIRECTIONS:
             continue
-        cut = replace(cut, vec=min(cut.vec, vec))
-        lanes = cut.channels // cut.vec
-        blocks = batch * -(-channels // cut.channels)
-        rounds = -(-num_steps // (cut.threads // lanes * cut.steps))
-        chunks = -(-num_steps // (rounds * cut.steps))
-        threads = -(-chunks * lanes // _GRAIN[kind]) * _GRAIN[kind]
-        words = _shared_words(kind, cut, threads, rounds) + (num_tokens * cut.channels if merge else 0)
-        if 4 * words <= launcher.shared_bytes:
-            few = 2 * blocks < launcher.multiprocessors and num_steps > cut.threads
-            if few or rounds > _MAX_ROUNDS:
-                return None
-            at_once = min(32, _THREADS_AT_ONCE // threads, _SHARED_AT_ONCE // (4 * words + 1024))
-            min_blocks = 1 if kind == "forward" else max(1, at_once)
-            return TilePlan(cut.channels, cut.vec, cut.steps, threads, rounds, blocks, 4 * words, min_blocks)
+        width = min(cut.vec, vec)
+        tile = min(cut.channels, 32 * width)
+        piece = 32 * width // tile * cut.steps
+        pieces = -(-num_steps // piece)
+        warps = min(cut.warps, pieces, _MAX_WARPS)
+        blocks = batch * -(-channels // tile)
+        words = _shared_words(kind, tile, width, cut.steps, warps, pieces) + (num_tokens * tile if merge else 0)
+        if 4 * words > launcher.shared_bytes:
+            continue
+        if 2 * blocks < launcher.multiprocessors and pieces > cut.warps:
+            return None  # too few blocks for long paths
+        at_once = max(1, min(32, cut.warps_at_once // warps, _SHARED_AT_ONCE // (4 * words + 1024)))
+        full = complete and num_steps == num_tokens == pieces * piece and channels % tile == 0
+        return TilePlan(tile, width, cut.steps, warps, pieces, blocks, 4 * words, at_once, full)
     return None
 
 
-def macros(dtype: torch.dtype, tile: TilePlan, flags: dict[str, int], *, merge, complete, gate) -> dict[str, int]:
-    """Return the macros of a specialisation of the kernel file."""
+def macros(
+    dtype: torch.dtype, tile: TilePlan, flags: dict[str, int], *, merge, complete, shared, gate
+) -> dict[str, int]:
+    """Return the macros of a specialisation of the kernel file; ``shared``: the directions read one u and one dy."""
     return {
         "ACT": ACT[dtype],
         "TILE_CHANNELS": tile.channels,
         "VEC": tile.vec,
         "STEPS": tile.steps,
-        "THREADS": tile.threads,
+        "WARPS": tile.warps,
         "MIN_BLOCKS": tile.min_blocks,
         **flags,
         "MERGE": int(merge),
         "COMPLETE": int(complete),
-        "ONE_ROUND": int(tile.rounds == 1),
+        "FULL": int(tile.full),
+        "ONE_SKIP": int(merge and complete and shared),
         "GATE": int(gate),
     }
 
@@ -132,16 +159,17 @@ def macros(dtype: torch.dtype, tile: TilePlan, flags: dict[str, int], *, merge, 
 def _run(call: Call, tile: TilePlan, name: str, merge: bool, gate: bool, activations, tensors) -> None:
     flat = [strides(x) for x in (call.u, call.delta, call.B, call.C, *activations)]
     u, delta, B, C, z, dy = map(pointer, (call.u, call.delta, call.B, call.C, *activations))
-    steps = tile.rounds * tile.threads * tile.vec // tile.channels * tile.steps
-    order = padded_order(call.path, call.grid, call.u.device, steps)
+    order = padded_order(call.path, call.grid, call.u.device, tile.num_steps)
     parameters = map(pointer, (call.A, call.D, call.bias, order, *tensors))
     wide = (u, delta, B, C, z, dy, *parameters, *(stride[0] for stride in flat))
-    sizes = (call.num_tokens, steps, call.channels, call.directions, -(-call.channels // tile.channels))
-    narrow = (*(value for stride in flat for value in stride[1:]), *sizes, tile.rounds)
-    specialisation = macros(call.u.dtype, tile, call.flags, merge=merge, complete=call.visits.complete, gate=gate)
-    call.launcher.run(
-        f"{name}.cu", name, specialisation, tile.blocks, tile.threads, Arguments(wide, narrow), tile.shared_bytes
+    sizes = (call.num_tokens, tile.num_steps, call.channels, call.directions, -(-call.channels // tile.channels))
+    narrow = (*(value for stride in flat for value in stride[1:]), *sizes, tile.pieces)
+    shared = all(x is None or x.dim() == 3 for x in (call.u, activations[1]))
+    specialisation = macros(
+        call.u.dtype, tile, call.flags, merge=merge, complete=call.visits.complete, shared=shared, gate=gate
     )
+    arguments = Arguments(wide, narrow)
+    call.launcher.run(f"{name}.cu", name, specialisation, tile.blocks, 32 * tile.warps, arguments, tile.shared_bytes)
 
 
 def _result(call: Call, merge: bool) -> Tensor:
