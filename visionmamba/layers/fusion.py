@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn as nn
 from timm.layers import is_exporting
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..ops import cuda_runtime
+from ..ops.backend import requested_backend
+
 __all__ = ["fuses", "unwatched"]
+
+
+@cache
+def _kernels_run() -> bool:
+    return cuda_runtime.usable() is None
 
 
 def fuses(x: torch.Tensor, compiled: bool = True) -> bool:
     """Whether a layer's fused operators run: on NVIDIA GPUs, in eager and compiled models.
 
-    What traces, exports or counts a model sees the separate operators, and any other device runs them.
+    What traces, exports or counts a model sees the separate operators; any other device runs them, and so does whoever
+    asks for another backend than ``cuda``.
 
     Args:
         x: The layer's input.
@@ -21,7 +32,9 @@ def fuses(x: torch.Tensor, compiled: bool = True) -> bool:
     """
     if not isinstance(x, torch.Tensor) or x.device.type != "cuda" or torch.jit.is_tracing() or is_exporting():
         return False
-    return compiled if torch.compiler.is_compiling() else _get_current_dispatch_mode() is None
+    if torch.compiler.is_compiling():
+        return compiled
+    return _get_current_dispatch_mode() is None and requested_backend() in (None, "cuda") and _kernels_run()
 
 
 def unwatched(*modules: nn.Module) -> bool:
