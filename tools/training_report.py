@@ -17,6 +17,7 @@ from visionmamba._files import replacing
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 _METRICS = ("coco/bbox_mAP", "coco/segm_mAP", "mIoU")
 _WINDOW = 20
@@ -72,31 +73,41 @@ def write_csv(path: Path, trainings: dict[str, tuple[dict[int, float], dict[str,
                 writer.writerows([name, step, quantity, f"{values[step]:.5g}"] for step in sorted(values))
 
 
+def draw(trainings: dict[str, tuple[dict[int, float], dict[str, dict[int, float]]]]) -> Figure:
+    """Draw the losses, and the metrics beside them where there are some.
+
+    Args:
+        trainings: What :func:`read_log` returns, by name.
+    """
+    measured = any(metrics for _, metrics in trainings.values())
+    figure, axes = plt.subplots(
+        1, 2 if measured else 1, figsize=(11 if measured else 6, 4), layout="constrained", squeeze=False
+    )
+    loss_axes, metric_axes = axes[0, 0], axes[0, -1]
+    for name, (losses, metrics) in trainings.items():
+        loss_axes.plot(sorted(losses), [losses[step] for step in sorted(losses)], label=name)
+        for quantity, values in metrics.items():
+            steps = sorted(values)
+            metric_axes.plot(steps, [values[step] for step in steps], marker="o", label=f"{name} {quantity}")
+    for panel in axes[0]:
+        panel.set_xlabel("step")
+        panel.legend(fontsize=7)
+    loss_axes.set_ylabel("loss")
+    return figure
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("works", type=Path, nargs="+", metavar="work_dir")
     options = parser.parse_args()
-    summary, trainings = {}, {}
-    figure, (loss_axes, metric_axes) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for work in options.works:
-        try:
-            losses, metrics = read_log(work)
-        except FileNotFoundError as error:
-            parser.error(str(error))
-        trainings[work.name] = losses, metrics
-        summary[work.name] = summarise(losses, metrics)
-        loss_axes.plot(sorted(losses), [losses[step] for step in sorted(losses)], label=work.name)
-        for name, values in metrics.items():
-            metric_axes.plot(
-                sorted(values), [values[s] for s in sorted(values)], marker="o", label=f"{work.name} {name}"
-            )
-    loss_axes.set(xlabel="step", ylabel="loss")
-    metric_axes.set(xlabel="step")
-    for axes in (loss_axes, metric_axes):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+    try:
+        trainings = {work.name: read_log(work) for work in options.works}
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    summary = {name: summarise(*training) for name, training in trainings.items()}
+    figure = draw(trainings)
     options.out.mkdir(parents=True, exist_ok=True)
     with replacing(options.out / "curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
