@@ -28,7 +28,7 @@ SCANS = {
     "language": dict(path="h", grid=(29,), channels=36, states=16, own_input=True),
     "a_gate_a_direction": dict(path="h,v", grid=(5, 5), channels=8, states=4, gates=2, merge=False),
     "cross": dict(path="h,v,h_flip,v_flip", grid=(9, 8), channels=34, states=1),
-    "cross_bf16": dict(path="h,v", grid=(7, 7), channels=8, states=1, dtype=torch.bfloat16),
+    "cross_bf16": dict(path="h,v", grid=(7, 7), channels=8, states=1, gate=False, dtype=torch.bfloat16),
     "cross_in_rounds": dict(path="h,v", grid=(20, 30), batch=1, channels=16, states=1, gate=False),
     "cross_in_five_rounds": dict(
         path="h,v_flip", grid=(17, 18), batch=1, channels=20, states=1, gate=False, cut=(16, 2, 8, 2, 8)
