@@ -47,7 +47,7 @@ CUTS = {
         Cut(64, 2, 7, 2, 8, 96), Cut(64, 2, 7, 4, 8, 400), Cut(32, 2, 7, 8, 8, 1000), Cut(16, 2, 7, 8, 8, 1600),
     ],
 }  # fmt: skip
-"""The ways to cut each pass, best first, as measured on an H200: where none suits, ``selective_scan.cu`` is faster."""
+"""The ways to cut each pass, best first, as measured on an H200: where none suits, ``scan_*.cu`` are faster."""
 
 
 @dataclass(frozen=True)
