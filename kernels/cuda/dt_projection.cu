@@ -5,6 +5,7 @@
 // Macros: ACT, RANK, VEC.
 #include "common.cuh"
 
+constexpr int AHEAD = 4;  // rows of a warp whose values are read together
 constexpr int WARPS = 8, CHANNELS = 32 * VEC, HELD = (RANK + 31) / 32;
 __device__ constexpr int padded(int n) { return n <= 1 ? 1 : 2 * padded((n + 1) / 2); }
 constexpr int PADDED = padded(RANK), KEPT = PADDED > 32 ? PADDED / 32 : 1, REPEATS = PADDED < 32 ? 32 / PADDED : 1;
@@ -56,19 +57,26 @@ extern "C" __global__ void __launch_bounds__(256) dt_expand(const __grid_constan
   for (int r = 0; r < RANK; r++)
 #pragma unroll
     for (int v = 0; v < VEC; v++) w[r][v] = at.present ? weight[v * RANK + r] : 0.f;
-#pragma unroll 2
-  for (int64 row = at.first + at.warp; row < at.end; row += WARPS) {
-    float x[HELD], delta[VEC];
-    load_token(p, at, row, x);
+  for (int64 begin = at.first + at.warp; begin < at.end; begin += AHEAD * WARPS) {
+    float x[AHEAD][HELD];  // loads of several rows are under way at a time
 #pragma unroll
-    for (int v = 0; v < VEC; v++) delta[v] = 0.f;
+    for (int i = 0; i < AHEAD; i++)
+      if (begin + i * WARPS < at.end) load_token(p, at, begin + i * WARPS, x[i]);
 #pragma unroll
-    for (int r = 0; r < RANK; r++) {
-      const float value = __shfl_sync(FULL_WARP, x[r / 32], r % 32);
+    for (int i = 0; i < AHEAD; i++) {
+      const int64 row = begin + i * WARPS;
+      if (row >= at.end) break;
+      float delta[VEC];
 #pragma unroll
-      for (int v = 0; v < VEC; v++) delta[v] += value * w[r][v];
+      for (int v = 0; v < VEC; v++) delta[v] = 0.f;
+#pragma unroll
+      for (int r = 0; r < RANK; r++) {
+        const float value = __shfl_sync(FULL_WARP, x[i][r / 32], r % 32);
+#pragma unroll
+        for (int v = 0; v < VEC; v++) delta[v] += value * w[r][v];
+      }
+      if (at.present) store_floats<VEC>(p.delta + (row * p.K + at.k) * p.D + at.channel, delta);
     }
-    if (at.present) store_floats<VEC>(p.delta + (row * p.K + at.k) * p.D + at.channel, delta);
   }
 }
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import cuda_runtime
 from ._autocast import autocast_activations
-from ._block_products import product
+from ._block_products import weight_gradient
 from .backend import Implementation, register_implementation, select
 from .cuda_runtime import Arguments, pointer
 from .selective_scan.cuda_call import ACT
@@ -75,7 +75,7 @@ def _gelu_linear_backward(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
     rows, x = dout.reshape(-1, dout.shape[-1]), x.contiguous()
     dhidden = rows @ weight.to(x.dtype)
     hidden, dx = select("gelu_linear", x.device.type, x).forward(x, dhidden.view(x.shape))
-    dweight = product(rows.t(), hidden.view(-1, x.shape[-1]))
+    dweight = weight_gradient(rows, hidden.view(-1, x.shape[-1]))
     return dx, dweight.to(weight.dtype), rows.sum(0, dtype=torch.float32).to(weight.dtype)
 
 
