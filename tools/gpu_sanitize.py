@@ -31,11 +31,11 @@ def scan(path: str, grid: tuple[int, ...], states: int, dtype: torch.dtype, gate
     (y.float().sum() + last_state.sum()).backward()
 
 
-def pairs(dtype: torch.dtype) -> None:
-    """Run the scan's kernel for directions and their reverses, which so few rows would not go through."""
+def there_and_back(dtype: torch.dtype) -> None:
+    """Run the scan's kernel for a direction and its reverse, which so few rows would not go through."""
     module = importlib.import_module("visionmamba.ops.selective_scan.cuda")
     with unittest.mock.patch.object(module, "_WARPS_WANTED", 0):
-        scan("h,v,h_flip,v_flip", (7, 9), 16, dtype)
+        scan("v,v_flip", (7, 9), 16, dtype)
         scan("h,h_flip", (33,), 5, dtype, gate=True)
 
 
@@ -57,7 +57,7 @@ def main() -> None:
                 scan("h,h_flip", (33,), states, dtype, gate=True, rank=3)
                 scan("h", (300,), states, dtype, gate=True)
                 scan("w3,h", (5, 7), states, dtype)
-            pairs(dtype)
+            there_and_back(dtype)
             scan("h,v", (5, 7), 5, dtype)
             scan("h", (2100,), 1, dtype)
             x = random(2, 37, 24, dtype=dtype)

@@ -4,7 +4,7 @@
 // way they have visited every token once and left its output in `tile`. They wait for each other, and from there on each
 // finds the other's output at every token it comes to, adds its own and writes the sum: once, and in a fixed order.
 //
-// Macros: those of scan_shared.cuh, WARPS being 2; PARTIAL where there are several pairs, whose sums are still to be merged.
+// Macros: those of scan_shared.cuh, WARPS being 2.
 #define PAIRED
 #include "common.cuh"
 #include "scan_shared.cuh"
@@ -117,12 +117,7 @@ struct PairedWalk {
 
   __device__ __forceinline__ void write(int token, const float* y) const {
     if (token < 0 || !at.in_range(p)) return;
-    const int64 offset = at.b * p.y_b + (int64)at.pair * p.y_k + at.channel0 + at.column;
-#if PARTIAL
-    store_floats<VEC>(row_of((float*)p.y + offset, token, p.y_l), y);
-#else
-    store_act<VEC>(row_of((act_t*)p.y + offset, token, p.y_l), y);
-#endif
+    store_act<VEC>(row_of((act_t*)p.y + at.b * p.y_b + at.channel0 + at.column, token, p.y_l), y);
   }
 };
 

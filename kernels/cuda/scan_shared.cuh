@@ -46,13 +46,12 @@ struct ScanArgs {
   float* checkpoints;             // scratch
   int64 u_b, delta_b, B_b, C_b, z_b, dy_b, y_b, du_b;  // strides: _b and _k in elements, _l in bytes
   int u_l, u_k, delta_l, delta_k, B_l, B_k, C_l, C_k, z_l, z_k, dy_l, dy_k, y_l, y_k, du_l, du_k;
-  int L, P, D_, K, chunks, chunk_steps, tiles;
-  int pairs;                      // PAIRED: the two directions of pair i, four bits each, from bit 8 i on
+  int L, P, D_, K, chunks, chunk_steps, tiles, pad;
 };
 
 // Where this warp works.
 struct Place {
-  int b, k, pair, chunk, tile, first_step, end_step, lane, warp;
+  int b, k, chunk, tile, first_step, end_step, lane, warp;
   int channel0;                   // first channel of the warp
   int c, q;                       // compute layout: channel lane and state lane
   int column;                     // staging layout: first channel, relative to channel0
@@ -61,10 +60,8 @@ struct Place {
     int64 block = blockIdx.x;
     tile = (int)(block % p.tiles); block /= p.tiles;
 #ifdef PAIRED
-    pair = (int)(block % (p.K / 2)); block /= p.K / 2;
-    k = p.pairs >> (8 * pair + 4 * (threadIdx.x >> 5)) & 15;
+    k = threadIdx.x >> 5;
 #else
-    pair = 0;
     k = (int)(block % p.K); block /= p.K;
 #endif
     chunk = (int)(block % p.chunks);

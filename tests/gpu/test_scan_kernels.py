@@ -103,7 +103,7 @@ def test_long_paths_run_in_chunks(states):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("states", [5, 16])
-@pytest.mark.parametrize("path", ["h,h_flip", "snake_h,snake_v,snake_v_flip,snake_h_flip"])
+@pytest.mark.parametrize("path", ["h,h_flip", "snake_v_flip,snake_v"])
 def test_a_direction_and_its_reverse_share_a_block(path, states, dtype, monkeypatch):
     module, names = importlib.import_module("visionmamba.ops.selective_scan.cuda"), []
     run = cuda_runtime.Launcher.run

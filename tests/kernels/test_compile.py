@@ -46,9 +46,9 @@ def specialisations(architecture="sm_90"):
             for which in range(1, len(scan.tilings_for(kind, states, architecture, True))):
                 macros = scan_macros(states, BF16, kind, which, architecture=architecture, gate=1)
                 found.append((f"scan_{kind}.cu", macros, False))
-        for options in ({"gate": 1}, {"partial": True}):
+        for gate in (0, 1):
             tiling = scan.pair_cut(96, states, 2, 49, 232448)[0]
-            macros = scan.macros(BF16, states, tiling, 2, FLAGS, **options)
+            macros = scan.macros(BF16, states, tiling, 2, FLAGS, gate=gate)
             found.append(("scan_paired.cu", macros, states == 16))
     found.append(("scan_forward.cu", scan_macros(3, vec=1), False))
     for dtype in ACT:

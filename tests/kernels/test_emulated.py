@@ -23,7 +23,7 @@ SCANS = {
     "vim_of_even_length": dict(path="h_flip,h", grid=(32,), channels=70, states=16, gate=False, batch=3),
     "vim_of_a_few_tokens": dict(path="h,h_flip", grid=(5,), batch=3, channels=6, states=4),
     "plainmamba": dict(path="snake_h,snake_v,snake_h_flip,snake_v_flip", grid=(5, 7), channels=40, states=16),
-    "pairs_in_step_order": dict(path="h,v,v_flip,h_flip", grid=(5, 4), channels=8, states=2, step_order=True),
+    "vim_in_step_order": dict(path="snake_v,snake_v_flip", grid=(5, 4), batch=3, channels=8, states=2, step_order=True),
     "vim_in_chunks": dict(path="h,h_flip", grid=(70,), batch=1, channels=40, states=16, multiprocessors=64),
     "language": dict(path="h", grid=(29,), channels=36, states=16, own_input=True),
     "a_gate_a_direction": dict(path="h,v", grid=(5, 5), channels=8, states=4, gates=2, merge=False),

@@ -12,7 +12,7 @@ from .. import cuda_runtime
 from ..backend import Implementation, register_implementation
 from ..cuda_runtime import Arguments, pointer
 from . import cuda_tile
-from .cuda_call import ACT, Call, reversed_pairs, rows, strides, visits
+from .cuda_call import ACT, Call, is_there_and_back, rows, strides, visits
 from .dt_projection import expand_delta, expand_delta_backward
 
 __all__ = ["Tiling", "backward", "fit_vector", "forward", "macros", "pair_cut", "tilings_for"]
@@ -195,7 +195,7 @@ class _Scan(Call):
 
     def __init__(self, kind: str, *arguments, gate: Tensor | None, merge: bool, others=()):
         super().__init__(*arguments, others=[gate, *others])
-        self.kernel, self.pairs, self.shared_bytes = f"scan_{kind}", (), 0
+        self.kernel, self.shared_bytes = f"scan_{kind}", 0
         self.partial = self.needs_merge(merge)
         self.gate = None if kind == "forward" and self.partial else gate  # else the merge applies it
         self.gate_is_shared = self.gate is not None and self.gate.dim() == 3 and self.directions > 1
@@ -228,7 +228,7 @@ class _Scan(Call):
 
     @property
     def blocks(self) -> int:
-        return self.batch * self.chunks * (len(self.pairs) or self.directions) * self.tiles
+        return self.batch * self.chunks * (1 if self.kernel == "scan_paired" else self.directions) * self.tiles
 
     def arguments(self, *, dy=None, y=None, du=None, **others: Tensor | None) -> Arguments:
         """Lay out ``ScanArgs``."""
@@ -245,34 +245,28 @@ class _Scan(Call):
         wide = (*pointers, *(stride[0] for stride in all_strides))
         narrow = [value for stride in all_strides for value in stride[1:]]
         narrow += [self.num_tokens, self.num_steps, self.channels, self.directions, *self.chunking]
-        pairs = sum((first | second << 4) << 8 * i for i, (first, second) in enumerate(self.pairs))
-        return Arguments(wide, (*narrow, self.tiles, pairs))
+        return Arguments(wide, (*narrow, self.tiles, 0))
 
     def run(self, name: str, arguments: Arguments) -> None:
         file, threads, shared_bytes = f"{self.kernel}.cu", self.threads, self.shared_bytes
         self.launcher.run(file, name, self.macros, self.blocks, threads, arguments, shared_bytes)
 
     def pair_directions(self, z: Tensor | None) -> bool:
-        """Turn a forward whose directions are merged to ``scan_paired.cu``, where that suits; return whether it did."""
-        pairs = reversed_pairs(self.path, self.grid) if self.partial else ()
+        """Turn a forward that merges a direction and its reverse to ``scan_paired.cu``, where that suits.
+
+        Returns:
+            Whether it did. The result is then whole, with the gate applied.
+        """
         cut = pair_cut(self.channels, self.states, self.vec, self.num_tokens, self.launcher.shared_bytes)
-        if not pairs or cut is None or self.chunks > 1:
+        if cut is None or not self.partial or not is_there_and_back(self.path, self.grid) or self.chunks > 1:
             return False
         tiling, tiles, shared_bytes = cut
-        if self.batch * len(pairs) * tiles * 2 < _WARPS_WANTED * self.launcher.multiprocessors:
+        if self.batch * tiles * tiling.warps < _WARPS_WANTED * self.launcher.multiprocessors:
             return False
-        self.kernel, self.pairs, self.shared_bytes = "scan_paired", pairs, shared_bytes
-        self.tiling, self.tiles, self.threads = tiling, tiles, 64
-        self.partial = len(pairs) > 1
-        self.gate = None if self.partial else z
-        gate = int(self.gate is not None)
-        self.macros = macros(self.u.dtype, self.states, tiling, self.vec, self.flags, gate=gate, partial=self.partial)
+        self.kernel, self.tiling, self.tiles, self.shared_bytes = "scan_paired", tiling, tiles, shared_bytes
+        self.threads, self.partial, self.gate = 32 * tiling.warps, False, z
+        self.macros = macros(self.u.dtype, self.states, tiling, self.vec, self.flags, gate=int(z is not None))
         return True
-
-    def pair_output(self) -> Tensor:
-        """Allocate the result of all pairs, or their float32 parts."""
-        shape = (self.batch, self.num_tokens, len(self.pairs), self.channels)
-        return self.empty(*shape) if self.partial else self.empty(*shape[:2], shape[3], dtype=self.u.dtype)
 
     def carries(self, initial: Tensor | None, dy: Tensor | None = None, dlast: Tensor | None = None):
         """Return the states that enter each chunk and, given ``dy``, the adjoints that enter each chunk's end."""
@@ -313,7 +307,7 @@ def forward(
         return cuda_tile.forward(scan, tile, z, initial, merge)
     last = scan.empty(scan.batch, scan.directions, scan.channels, scan.states)
     if scan.pair_directions(z):
-        y, state = scan.pair_output(), initial
+        y, state = scan.empty(*u.shape[:2], scan.channels, dtype=u.dtype), initial
     else:
         y, (state, _) = scan.output(merge), scan.carries(initial)
     scan.run(scan.kernel, scan.arguments(y=y, state_in=state, last_state=last))

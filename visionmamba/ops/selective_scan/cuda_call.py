@@ -18,9 +18,9 @@ __all__ = [
     "ACT",
     "Call",
     "Visits",
+    "is_there_and_back",
     "merge_directions",
     "padded_order",
-    "reversed_pairs",
     "rows",
     "strides",
     "sum_rows",
@@ -52,23 +52,11 @@ def visits(path: str, grid: tuple[int, ...]) -> Visits:
 
 
 @lru_cache(maxsize=512)
-def reversed_pairs(path: str, grid: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Return the path's directions as pairs of one and its reverse, or nothing if some direction has no partner.
-
-    Only where every direction visits every token once.
-    """
+def is_there_and_back(path: str, grid: tuple[int, ...]) -> bool:
+    """Whether a path is a direction and its reverse, over all tokens."""
     table = scan_path(path, grid)
-    if table.num_steps != table.num_tokens or not visits(path, grid).complete:
-        return ()
-    left, pairs = list(range(table.num_directions)), []
-    while left:
-        k = left.pop(0)
-        partner = next((i for i in left if (table.order[i] == table.order[k][::-1]).all()), None)
-        if partner is None:
-            return ()
-        left.remove(partner)
-        pairs.append((k, partner))
-    return tuple(pairs)
+    whole = table.num_directions == 2 and table.num_steps == table.num_tokens and visits(path, grid).complete
+    return bool(whole and (table.order[0] == table.order[1][::-1]).all())
 
 
 def rows(x: Tensor | None) -> Tensor | None:
