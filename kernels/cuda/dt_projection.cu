@@ -5,7 +5,7 @@
 // Macros: ACT, RANK, VEC.
 #include "common.cuh"
 
-constexpr int AHEAD = 4;  // rows of a warp whose values are read together
+constexpr int AHEAD = 4, AHEAD_BACKWARD = 2;  // rows of a warp whose values are read together
 constexpr int WARPS = 8, CHANNELS = 32 * VEC, HELD = (RANK + 31) / 32;
 __device__ constexpr int padded(int n) { return n <= 1 ? 1 : 2 * padded((n + 1) / 2); }
 constexpr int PADDED = padded(RANK), KEPT = PADDED > 32 ? PADDED / 32 : 1, REPEATS = PADDED < 32 ? 32 / PADDED : 1;
@@ -49,14 +49,22 @@ __device__ __forceinline__ void load_channels(const float* from, bool present, f
   }
 }
 
+// The weight of a block's channels as [r][channel], zero past the last channel.
+__device__ __forceinline__ void load_weight(const DtArgs& p, int64 from, int channels, float* weight) {
+  for (int i = threadIdx.x; i < RANK * CHANNELS; i += 32 * WARPS) {
+    const int channel = i / RANK, r = i % RANK;
+    weight[r * CHANNELS + channel] = channel < channels ? p.weight[from + i] : 0.f;
+  }
+  __syncthreads();
+}
+
 extern "C" __global__ void __launch_bounds__(256) dt_expand(const __grid_constant__ DtArgs p) {
   const Seat at(p);
+  __align__(16) __shared__ float weight[RANK * CHANNELS];
+  load_weight(p, ((int64)at.k * p.D + at.tile * CHANNELS) * RANK, min(CHANNELS, p.D - at.tile * CHANNELS), weight);
   float w[RANK][VEC];
-  const float* weight = p.weight + ((int64)at.k * p.D + at.channel) * RANK;
 #pragma unroll
-  for (int r = 0; r < RANK; r++)
-#pragma unroll
-    for (int v = 0; v < VEC; v++) w[r][v] = at.present ? weight[v * RANK + r] : 0.f;
+  for (int r = 0; r < RANK; r++) load_floats<VEC>(weight + r * CHANNELS + at.lane * VEC, w[r]);
   for (int64 begin = at.first + at.warp; begin < at.end; begin += AHEAD * WARPS) {
     float x[AHEAD][HELD];  // loads of several rows are under way at a time
 #pragma unroll
@@ -85,51 +93,47 @@ extern "C" __global__ void __launch_bounds__(256) dt_backward(const __grid_const
   const Seat at(p);
   const int64 from = ((int64)at.k * p.D + at.tile * CHANNELS) * RANK;
   const int channels = min(CHANNELS, p.D - at.tile * CHANNELS);
-  for (int i = threadIdx.x; i < RANK * CHANNELS; i += 32 * WARPS) {
-    const int channel = i / RANK, r = i % RANK;
-    weight[r * CHANNELS + channel] = channel < channels ? p.weight[from + i] : 0.f;
-  }
-  __syncthreads();
+  load_weight(p, from, channels, weight);
   float dweight[RANK][VEC];
 #pragma unroll
   for (int r = 0; r < RANK; r++)
 #pragma unroll
     for (int v = 0; v < VEC; v++) dweight[r][v] = 0.f;
   float* dx = p.dx + (int64)at.tile * p.rows * p.K * RANK;
-  float next[VEC], next_x[HELD];
-  const int64 begin = at.first + at.warp;
-  if (begin < at.end) {
-    load_channels(p.delta + (begin * p.K + at.k) * p.D + at.channel, at.present, next);
-    load_token(p, at, begin, next_x);
-  }
-  for (int64 row = begin; row < at.end; row += WARPS) {
-    float g[VEC], x[HELD], sums[PADDED];
+  for (int64 begin = at.first + at.warp; begin < at.end; begin += AHEAD_BACKWARD * WARPS) {
+    float g[AHEAD_BACKWARD][VEC], x[AHEAD_BACKWARD][HELD];
 #pragma unroll
-    for (int v = 0; v < VEC; v++) g[v] = next[v];
-#pragma unroll
-    for (int i = 0; i < HELD; i++) x[i] = next_x[i];
-    if (row + WARPS < at.end) {
-      load_channels(p.delta + ((row + WARPS) * p.K + at.k) * p.D + at.channel, at.present, next);
-      load_token(p, at, row + WARPS, next_x);
+    for (int i = 0; i < AHEAD_BACKWARD; i++) {
+      const int64 row = begin + i * WARPS;
+      if (row >= at.end) break;
+      load_channels(p.delta + (row * p.K + at.k) * p.D + at.channel, at.present, g[i]);
+      load_token(p, at, row, x[i]);
     }
 #pragma unroll
-    for (int r = 0; r < PADDED; r++) sums[r] = 0.f;
+    for (int i = 0; i < AHEAD_BACKWARD; i++) {
+      const int64 row = begin + i * WARPS;
+      if (row >= at.end) break;
+      float sums[PADDED];
 #pragma unroll
-    for (int r = 0; r < RANK; r++) {
-      const float value = __shfl_sync(FULL_WARP, x[r / 32], r % 32);
-      float w[VEC];
-      load_floats<VEC>(weight + r * CHANNELS + at.lane * VEC, w);
+      for (int r = RANK; r < PADDED; r++) sums[r] = 0.f;
 #pragma unroll
-      for (int v = 0; v < VEC; v++) {
-        sums[r] += g[v] * w[v];
-        dweight[r][v] += g[v] * value;
+      for (int r = 0; r < RANK; r++) {
+        const float value = __shfl_sync(FULL_WARP, x[i][r / 32], r % 32);
+        float w[VEC];
+        load_floats<VEC>(weight + r * CHANNELS + at.lane * VEC, w);
+        sums[r] = 0.f;
+#pragma unroll
+        for (int v = 0; v < VEC; v++) {
+          sums[r] += g[i][v] * w[v];
+          dweight[r][v] += g[i][v] * value;
+        }
       }
-    }
-    const int r = reduce_over_lanes<PADDED, 32, 1>(sums, at.lane);
-    if (at.lane % REPEATS == 0) {
+      const int r = reduce_over_lanes<PADDED, 32, 1>(sums, at.lane);
+      if (at.lane % REPEATS == 0) {
 #pragma unroll
-      for (int i = 0; i < KEPT; i++)
-        if (r + i < RANK) dx[(row * p.K + at.k) * RANK + r + i] = sums[i];
+        for (int j = 0; j < KEPT; j++)
+          if (r + j < RANK) dx[(row * p.K + at.k) * RANK + r + j] = sums[j];
+      }
     }
   }
   for (int warp = 0; warp < WARPS; warp++) {  // one after the other, so that the order is fixed

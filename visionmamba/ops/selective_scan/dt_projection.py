@@ -20,7 +20,7 @@ MAX_RANK = 64
 _FILE = "dt_projection.cu"
 _THREADS = 256
 _LEAST_ROWS = 64  # of a block: its weights want to be used
-_BLOCKS_WANTED = 16  # a multiprocessor
+_BLOCKS_WANTED = 4  # a multiprocessor
 
 
 def _vector(channels: int, rank: int) -> int:
