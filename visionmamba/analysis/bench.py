@@ -279,13 +279,15 @@ def measure(setting: Setting, device: torch.device, timing: Timing | None = None
         A row of the table, text by column: throughput in images a second, times in milliseconds.
     """
     training, timing = setting.mode == "train", timing or Timing()
+    gpu = device.type == "cuda"
     torch.manual_seed(0)
+    before = torch.cuda.memory_allocated(device) if gpu else 0  # libraries keep a workspace for each stream of the past
     model = create_for_size(setting.model, setting.size, device).train(training)
     shape = (setting.batch, *input_shape(model, setting.size)[1:])
     x = torch.randn(shape, device=device)
     if setting.channels_last and x.dim() == 4:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    if device.type == "cuda":
+    if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     with _matmul_precision(setting.precision):
         step = _step(torch.compile(model) if setting.run == "compile" else model, x, setting)
@@ -293,8 +295,8 @@ def measure(setting: Setting, device: torch.device, timing: Timing | None = None
             step = _graphed(step, device)
         times = _times(step, device, timing)
         joules = _joules(step, device, timing.energy_seconds)
-    if device.type == "cuda":
-        memory, source = torch.cuda.max_memory_allocated(device), "allocator"
+    if gpu:
+        memory, source = torch.cuda.max_memory_allocated(device) - before, "allocator"
     else:
         memory, source = parameter_memory(model) + activation_memory(model, shape, training), "shapes"
     p50, p90, p99 = np.percentile(times, (50, 90, 99))

@@ -307,13 +307,13 @@ _SWEEPS = (("infer_step_time", "milliseconds an image"), ("peak_memory_mib", "me
 def _growth(planned: Plan, measured: Measurement) -> list[list[str]]:
     """Return each model's exponents of time and memory over the number of pixels, between the two largest images."""
     exponents: dict[str, list[str]] = {}
-    for column, _ in _SWEEPS:
+    for place, (column, _) in enumerate(_SWEEPS):
         for name, points in _lines(planned, measured, column).items():
             if len(points) > 1:
                 (side, value), (larger, more) = points[-2:]
                 exponent = math.log(more / value) / (2 * math.log(larger / side))
-                exponents.setdefault(name, []).append(f"{exponent:.2f}")
-    return [[name, *figures] for name, figures in exponents.items() if len(figures) == len(_SWEEPS)]
+                exponents.setdefault(name, [""] * len(_SWEEPS))[place] = f"{exponent:.2f}"
+    return [[name, *figures] for name, figures in exponents.items()]
 
 
 def _svg(figure: Figure, name: str) -> str:
