@@ -22,6 +22,14 @@ def _softplus(x):
 
 
 @triton.jit
+def _exp(x):
+    """Return exp(x) as 2^(x log2 e), with what the product's rounding leaves out: it grows with x."""
+    power = x * 1.4426950408889634
+    rest = tl.fma(x, 1.4426950408889634, -power) + x * 1.925963033500011e-08  # log2 e less its float32
+    return tl.exp2(power) * (1.0 + rest * 0.6931471805599453)
+
+
+@triton.jit
 def _visit(order_ptr, t, STEP_ORDER: tl.constexpr):
     """Return the token of step t, the row of Delta, B and C that belongs to it, and whether there is a token."""
     token = tl.load(order_ptr + t)
@@ -47,7 +55,7 @@ def _load_step(delta_ptr, bias, d, D, valid, SOFTPLUS: tl.constexpr):
 @triton.jit
 def _advance(h, A, step, u, B):
     """Return the next state and its decay."""
-    a = tl.exp(step[:, None] * A)
+    a = _exp(step[:, None] * A)
     return a * h + (step * u)[:, None] * B[None, :], a
 
 
@@ -157,6 +165,10 @@ def scan_backward(
         segment = segments - 1 - back
         h = tl.load(scratch_ptr + segment * BLOCK_D * BLOCK_N + tile)
         length = tl.minimum(P - segment * SEGMENT, SEGMENT)
+        # Sums over the steps are taken a segment at a time: errors grow with the terms of a sum.
+        part_dA = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
+        part_dD = tl.zeros([BLOCK_D], tl.float32)
+        part_dbias = tl.zeros([BLOCK_D], tl.float32)
         for i in range(length):
             t = segment * SEGMENT + i
             tl.store(before_ptr + i * BLOCK_D * BLOCK_N + tile, h)
@@ -181,14 +193,17 @@ def scan_backward(
             through = tl.sum(g * B[None, :], axis=1)  # dL/d(Delta u)
             carried = a * g
             decay = carried * before  # dL/d(Delta A)
-            dA += decay * step[:, None]
+            part_dA += decay * step[:, None]
             ddelta = tl.where(valid, (tl.sum(decay * A, axis=1) + through * u) * slope, 0.0)
-            dD += dy * u
-            dbias += ddelta
+            part_dD += dy * u
+            part_dbias += ddelta
             tl.store(du_ptr + at * K * D + d, through * step + skip * dy, mask=d < tl.where(valid, D, 0))
             tl.store(ddelta_ptr + row * K * D + d, ddelta, mask=d < tl.where(valid, D, 0))
             tl.store(dB_ptr + row * K * N + n, dB, mask=n < tl.where(valid, N, 0))
             tl.store(dC_ptr + row * K * N + n, dC, mask=n < tl.where(valid, N, 0))
+        dA += part_dA
+        dD += part_dD
+        dbias += part_dbias
         tl.debug_barrier()
     tl.store(dA_ptr + b * K * D * N + own, dA, mask=both)
     tl.store(dD_ptr + (b * K + k) * D + d, dD, mask=d < D)

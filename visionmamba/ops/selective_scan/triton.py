@@ -73,6 +73,11 @@ class _Scan:
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=self.A.device)
 
+    def launch(self, kernel, *arguments, **options) -> None:
+        """Run a kernel, unless there is nothing to compute; results are zero then, as they are allocated."""
+        if 0 not in self.grid:
+            kernel[self.grid](*arguments, **self.options, **options)
+
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the directions' outputs, (B, L, K, D), and the last states, both in float32."""
         from visionmamba.kernels.triton.selective_scan import scan_forward
@@ -80,9 +85,9 @@ class _Scan:
         u, delta, B, C = self.activations
         y = self.zeros(self.batch, self.num_tokens, self.directions, self.channels)
         last = self.zeros(self.batch, self.directions, self.channels, self.states)
-        scan_forward[self.grid](
-            u, delta, self.A, B, C, self.given(self.D), self.given(self.bias), self.order, self.given(self.initial),
-            y, last, *self.sizes, *(stride for x in (u, delta, B, C) for stride in _strides(x)), **self.options,
+        self.launch(
+            scan_forward, u, delta, self.A, B, C, self.given(self.D), self.given(self.bias), self.order,
+            self.given(self.initial), y, last, *self.sizes, *(stride for x in (u, delta, B, C) for stride in _strides(x)),
         )  # fmt: skip
         return y, last
 
@@ -126,12 +131,12 @@ def backward(
     segments = -(-scan.order.shape[1] // _SEGMENT) + _SEGMENT
     programs = scan.blocks * scan.directions * scan.batch
     scratch = torch.empty(programs * segments * scan.block_d * scan.block_n, device=u.device)
-    scan_backward[scan.grid](
-        dy, scan.given(dlast), *scan.activations[:2], scan.A, *scan.activations[2:], scan.given(scan.D),
+    scan.launch(
+        scan_backward, dy, scan.given(dlast), *scan.activations[:2], scan.A, *scan.activations[2:], scan.given(scan.D),
         scan.given(scan.bias), scan.order, scan.given(scan.initial), du, ddelta, dA, dB, dC, dD, dbias,
         scan.given(dstate), scratch, *scan.sizes,
         *(stride for x in (dy, *scan.activations) for stride in _strides(x)),
-        SEGMENT=_SEGMENT, LAST=dlast is not None, **scan.options,
+        SEGMENT=_SEGMENT, LAST=dlast is not None,
     )  # fmt: skip
     ddt_weight = None
     if dt_weight is not None:
@@ -150,8 +155,6 @@ def _supports(
         return "takes float32, float16 and bfloat16, not float64"
     if A.shape[2] > _MAX_STATES:
         return f"takes up to {_MAX_STATES} states a channel, not {A.shape[2]}"
-    if 0 in u.shape:
-        return "takes no empty tensors"
     if visits(path, tuple(grid)).repeats:
         return "takes paths whose directions visit a token at most once"
     return None
