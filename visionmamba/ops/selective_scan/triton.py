@@ -87,7 +87,8 @@ class _Scan:
         last = self.zeros(self.batch, self.directions, self.channels, self.states)
         self.launch(
             scan_forward, u, delta, self.A, B, C, self.given(self.D), self.given(self.bias), self.order,
-            self.given(self.initial), y, last, *self.sizes, *(stride for x in (u, delta, B, C) for stride in _strides(x)),
+            self.given(self.initial), y, last, *self.sizes,
+            *(stride for x in (u, delta, B, C) for stride in _strides(x)),
         )  # fmt: skip
         return y, last
 
