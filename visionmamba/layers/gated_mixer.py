@@ -49,7 +49,7 @@ class GatedMixer(nn.Module):
 
     def mix(self, x: torch.Tensor, grid: list[int]) -> torch.Tensor:
         """Mix tokens ``(B, L, C)`` of a grid."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what hangs on this alone)
+        if not torch.jit.is_scripting():
             if self._joins(x):
                 return self.out_proj(self._joined(x, grid))
         x, z = self.in_proj(x).chunk(2, dim=-1)

@@ -43,7 +43,7 @@ class Mlp(timm.layers.Mlp):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Transform ``(..., C)``."""
         x = self.fc1(x)
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what hangs on this alone)
+        if not torch.jit.is_scripting():
             if self._joins(x):
                 return self.drop2(self._joined(x))
         x = self.norm(self.drop1(self.act(x)))

@@ -60,7 +60,7 @@ def stream_norm(
         rms: By the mean square alone.
         narrow: Under autocast, return its dtype.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what hangs on this alone)
+    if not torch.jit.is_scripting():
         if fuses(x, compiled=False):
             eps = torch.finfo(x.dtype).eps if eps is None else eps
             return channel_norm(x, weight, bias, eps, rms, dtype=_narrowed(weight.dtype, narrow))[0]

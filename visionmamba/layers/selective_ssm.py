@@ -167,7 +167,7 @@ class SelectiveSSM(nn.Module):
         Returns:
             ``(B, L, D)``, or ``(B, L, K, D)`` without ``merge``.
         """
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what hangs on this alone)
+        if not torch.jit.is_scripting():
             if fuses(x):
                 return self.fused(x, z, grid)
         if self.conv_weight is not None:

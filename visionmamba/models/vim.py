@@ -419,7 +419,7 @@ class Vim(IsotropicModel):
         x, grid, table = self._embed(x)
         features: list[torch.Tensor] = []
         class_tokens: list[torch.Tensor] = []
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what hangs on this alone)
+        if not torch.jit.is_scripting():
             if len(take) == 0 and self._joins(x, blocks):
                 return self._joined(x, blocks, grid), features, class_tokens
         for i, block in enumerate(blocks):

@@ -117,7 +117,7 @@ class VMambaStage(Stage):
 
     def forward_blocks(self, x: torch.Tensor) -> torch.Tensor:
         """Run the blocks, recomputing them in backward if so set."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what hangs on this alone)
+        if not torch.jit.is_scripting():
             if self._joins(x):
                 return self._joined(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
