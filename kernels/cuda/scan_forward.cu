@@ -47,21 +47,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_forwar
 
 #pragma unroll
     for (int t = 0; t < TILE_STEPS; t++) {
-      float x[CPT], f[CPT], y[CPT], b[SPT], cc[SPT];
-      load_floats<CPT>(s.x + t * CHANNELS + at.c * CPT, x);
-      load_floats<CPT>(s.u + t * CHANNELS + at.c * CPT, f);
-      load_floats<SPT>(s.B + t * N + at.q * SPT, b);
-      load_floats<SPT>(s.C + t * N + at.q * SPT, cc);
-#pragma unroll
-      for (int i = 0; i < CPT; i++) {
-        const float xu = x[i] * f[i];
-        y[i] = 0.f;
-#pragma unroll
-        for (int j = 0; j < SPT; j++) {
-          h[i][j] = decay_of(x[i], a2[i][j]) * h[i][j] + xu * b[j];  // h_t = exp(Delta A) h_{t-1} + Delta B u
-          y[i] += h[i][j] * cc[j];                                   // y_t = C h_t
-        }
-      }
+      float y[CPT];
+      walk_step<false>(s, at, t, a2, nullptr, h, y);
       store_output(s.y, at, output_offset(at), t, y);
     }
     __syncwarp();

@@ -230,6 +230,26 @@ __device__ __forceinline__ void store_state(const ScanArgs& p, const Place& at, 
       if (at.channel(i) < p.D_ && at.q * SPT + j < D_STATE) to[at.state(p, lead, i) + j] = h[i][j];
 }
 
+// One step of the recurrence, from what is staged: y = C h, with the skip in SKIP.
+template <bool SKIP, class S>
+__device__ __forceinline__ void walk_step(const S& s, const Place& at, int t, const float a2[CPT][SPT], const float* skip, float h[CPT][SPT], float y[CPT]) {
+  float x[CPT], f[CPT], b[SPT], cc[SPT];
+  load_floats<CPT>(s.x + t * CHANNELS + at.c * CPT, x);
+  load_floats<CPT>(s.u + t * CHANNELS + at.c * CPT, f);
+  load_floats<SPT>(s.B + t * N + at.q * SPT, b);
+  load_floats<SPT>(s.C + t * N + at.q * SPT, cc);
+#pragma unroll
+  for (int i = 0; i < CPT; i++) {
+    const float xu = x[i] * f[i];
+    y[i] = SKIP ? skip[i] * f[i] : 0.f;
+#pragma unroll
+    for (int j = 0; j < SPT; j++) {
+      h[i][j] = decay_of(x[i], a2[i][j]) * h[i][j] + xu * b[j];  // h_t = exp(Delta A) h_{t-1} + Delta B u
+      y[i] += h[i][j] * cc[j];                                   // y_t = C h_t (+ D u)
+    }
+  }
+}
+
 // The outputs of a step, summed over the lanes that hold a channel's states, to the staging layout, at output_offset.
 __device__ __forceinline__ int output_offset(const Place& at) { return at.c * CPT + kept_by<CPT, STATE_LANES, CHANNEL_LANES>(at.lane); }
 __device__ __forceinline__ void store_output(float* shared, const Place& at, int offset, int t, float y[CPT]) {

@@ -27,18 +27,12 @@ constexpr int SCRATCH = 3 * (WARPS > PARTS ? WARPS : PARTS) * TILE_CHANNELS;
 
 struct Segment { float decay, h, g; };
 
-struct Backward {
-  const TileArgs& p;
-  const Seat at;
-  float* parameters;  // [3][DIRECTIONS][TILE_CHANNELS]: A, bias and D
+struct Backward : Walk {
   float* scratch;     // [SCRATCH]: dA, dD and dbias of each warp; parts of segments
   float* segments;    // [3][pieces][TILE_CHANNELS]: what pieces do (decay, state, adjoint); once combined, what enters them
-  Common common;
-  Bases bases;
-  Tile tile;
   float dA[VEC], dskip[VEC], dbias[VEC];
 
-  __device__ __forceinline__ Backward(const TileArgs& p) : p(p), at(p) {
+  __device__ __forceinline__ Backward(const TileArgs& p) : Walk(p) {
     parameters = dynamic_shared;
     scratch = parameters + 3 * DIRECTIONS * TILE_CHANNELS;
     common.enter(p, at, scratch + SCRATCH);
@@ -48,28 +42,10 @@ struct Backward {
     clear_sums();
   }
   __device__ __forceinline__ float* segment(int which, int i) const { return segments + (which * p.pieces + i) * TILE_CHANNELS; }
-  __device__ __forceinline__ bool sets(int k) const { return !MERGE || (COMPLETE && k == 0); }
-  __device__ __forceinline__ bool writes(int k) const { return !MERGE || (COMPLETE && k == p.K - 1); }
   __device__ __forceinline__ bool skips(int k) const { return !ONE_SKIP || k == 0; }
   __device__ __forceinline__ void clear_sums() {
 #pragma unroll
     for (int v = 0; v < VEC; v++) dA[v] = dskip[v] = dbias[v] = 0.f;
-  }
-  __device__ __forceinline__ void parameter(int which, int k, float f[VEC]) const {
-    load_floats<VEC>(parameters + (which * DIRECTIONS + k) * TILE_CHANNELS + at.column, f);
-  }
-  __device__ __forceinline__ void stage_parameters() const {
-    const int size = DIRECTIONS * TILE_CHANNELS;
-    stage_columns(p, at, p.A, 1.f, parameters);
-    stage_columns(p, at, p.bias, DECAY_SCALE, parameters + size);
-    stage_columns(p, at, p.D, 1.f, parameters + 2 * size);
-    if (MERGE && !COMPLETE) tile.clear(p);
-    __syncthreads();
-    if (ONE_SKIP) {
-      for (int i = threadIdx.x; i < TILE_CHANNELS; i += THREADS)
-        for (int k = 1; k < p.K; k++) parameters[2 * size + i] += parameters[2 * size + k * TILE_CHANNELS + i];
-      __syncthreads();
-    }
   }
 
   // Bring the last piece's B and C and the next one's tokens to shared memory, and read the next one's inputs.

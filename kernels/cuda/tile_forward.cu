@@ -28,45 +28,18 @@ __device__ __forceinline__ void advance(const TileArgs& p, Place& place) {
   if (place.i >= p.pieces) { place.i -= p.pieces; place.k++; }
 }
 
-struct Forward {
-  const TileArgs& p;
-  const Seat at;
+struct Forward : Walk {
   float *handed;       // [WARPS][TILE_CHANNELS]: the state that enters each warp's piece
-  float *parameters;   // [3][DIRECTIONS][TILE_CHANNELS]: A, bias and D
-  Common common;
-  Bases bases;
-  Tile tile;
   float carry[VEC];    // with one warp: the state that enters its piece
   int finished;        // directions whose results are all in the tile
 
-  __device__ __forceinline__ Forward(const TileArgs& p) : p(p), at(p) {
+  __device__ __forceinline__ Forward(const TileArgs& p) : Walk(p) {
     handed = dynamic_shared;
     parameters = handed + WARPS * TILE_CHANNELS;
     common.enter(p, at, parameters + 3 * DIRECTIONS * TILE_CHANNELS);
     bases.enter(p, at);
     tile.enter(at, parameters + 3 * DIRECTIONS * TILE_CHANNELS + WARPS * WARP_WORDS);
     finished = 0;
-  }
-  // With MERGE, the first direction of a complete path sets the tile (with ONE_SKIP to all directions' skips), the last
-  // writes the result.
-  __device__ __forceinline__ bool sets(int k) const { return !MERGE || (COMPLETE && k == 0); }
-  __device__ __forceinline__ bool writes(int k) const { return !MERGE || (COMPLETE && k == p.K - 1); }
-
-  __device__ __forceinline__ void parameter(int which, int k, float f[VEC]) const {
-    load_floats<VEC>(parameters + (which * DIRECTIONS + k) * TILE_CHANNELS + at.column, f);
-  }
-  __device__ __forceinline__ void stage_parameters() const {
-    const int size = DIRECTIONS * TILE_CHANNELS;
-    stage_columns(p, at, p.A, 1.f, parameters);
-    stage_columns(p, at, p.bias, DECAY_SCALE, parameters + size);
-    stage_columns(p, at, p.D, 1.f, parameters + 2 * size);
-    if (MERGE && !COMPLETE) tile.clear(p);
-    __syncthreads();
-    if (ONE_SKIP) {
-      for (int i = threadIdx.x; i < TILE_CHANNELS; i += THREADS)
-        for (int k = 1; k < p.K; k++) parameters[2 * size + i] += parameters[2 * size + k * TILE_CHANNELS + i];
-      __syncthreads();
-    }
   }
 
   // The state that enters this warp's piece, and what it hands to the next.

@@ -271,3 +271,35 @@ struct Tile {
 };
 
 extern __shared__ float dynamic_shared[];
+
+// What both passes hold: where a thread sits, the directions' parameters, and the tile in which the directions meet.
+struct Walk {
+  const TileArgs& p;
+  const Seat at;
+  float* parameters;  // [3][DIRECTIONS][TILE_CHANNELS]: A, bias and D
+  Common common;
+  Bases bases;
+  Tile tile;
+  __device__ __forceinline__ Walk(const TileArgs& p) : p(p), at(p) {}
+
+  // With MERGE, the first direction of a complete path sets the tile (with ONE_SKIP to all directions' skips), the last
+  // writes the result.
+  __device__ __forceinline__ bool sets(int k) const { return !MERGE || (COMPLETE && k == 0); }
+  __device__ __forceinline__ bool writes(int k) const { return !MERGE || (COMPLETE && k == p.K - 1); }
+  __device__ __forceinline__ void parameter(int which, int k, float f[VEC]) const {
+    load_floats<VEC>(parameters + (which * DIRECTIONS + k) * TILE_CHANNELS + at.column, f);
+  }
+  __device__ __forceinline__ void stage_parameters() const {
+    const int size = DIRECTIONS * TILE_CHANNELS;
+    stage_columns(p, at, p.A, 1.f, parameters);
+    stage_columns(p, at, p.bias, DECAY_SCALE, parameters + size);
+    stage_columns(p, at, p.D, 1.f, parameters + 2 * size);
+    if (MERGE && !COMPLETE) tile.clear(p);
+    __syncthreads();
+    if (ONE_SKIP) {
+      for (int i = threadIdx.x; i < TILE_CHANNELS; i += THREADS)
+        for (int k = 1; k < p.K; k++) parameters[2 * size + i] += parameters[2 * size + k * TILE_CHANNELS + i];
+      __syncthreads();
+    }
+  }
+};
