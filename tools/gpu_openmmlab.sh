@@ -27,7 +27,7 @@ run() { # name, command...: a log of its own, the last lines shown
 
 if [ -n "$tiny" ]; then
   export CUDA_VISIBLE_DEVICES=""
-  det_scenes=(--train 6 --val 2 --size 96) bench=(--shape 96 128 --steps 1 --warmup 1) seconds=8 short=1 interval=2
+  det_scenes=(--train 6 --val 2 --size 96) bench=(--shape 96 128 --steps 1 --warmup 1 --precision float32) seconds=8 short=1 interval=2
   small=(train_dataloader.batch_size=2 train_dataloader.num_workers=0 train_dataloader.persistent_workers=False
     val_dataloader.num_workers=0 val_dataloader.persistent_workers=False test_dataloader.num_workers=0
     test_dataloader.persistent_workers=False default_hooks.logger.interval=2)
@@ -35,7 +35,8 @@ if [ -n "$tiny" ]; then
   seg_small=("${small[@]}" "train_dataloader.dataset.pipeline.2.scale=(96,96)" "train_dataloader.dataset.pipeline.3.crop_size=(96,96)"
     "model.data_preprocessor.size=(96,96)")
 else
-  det_scenes=(--workers 12) bench=() seconds=${TIME:-180} short=4 interval=10 small=() det_small=() seg_small=()
+  det_scenes=(--workers 12) bench=() seconds=${TIME:-180} short=4 interval=10 small=() det_small=()
+  seg_small=(optim_wrapper.dtype=bfloat16 --amp) # after --cfg-options' values: mixed precision
 fi
 [ -d "$scenes" ] || run scenes "$python" tools/make_digit_scenes.py "$scenes" "${det_scenes[@]}" || exit 1
 roots=(train_dataloader.dataset.data_root="$scenes/" val_dataloader.dataset.data_root="$scenes/"
@@ -43,7 +44,7 @@ roots=(train_dataloader.dataset.data_root="$scenes/" val_dataloader.dataset.data
 anns=(val_evaluator.ann_file="$scenes/val/annotations.json" test_evaluator.ann_file="$scenes/val/annotations.json")
 det_configs=configs/detection/digit_scenes
 main_det=$det_configs/mask-rcnn_vmamba-t-s1l8_fpn_1xb8-3min_digit-scenes.py
-main_seg=configs/segmentation/digit_scenes/vmamba-t-s1l8_upernet_1xb16-3min_digit-scenes-256x256.py
+main_seg=configs/segmentation/digit_scenes/vmamba-t-s1l8_upernet_1xb64-3min_digit-scenes-256x256.py
 
 train() { # det or seg, name, config, option...
   local tool=$1 name=$2 config=$3
@@ -62,13 +63,12 @@ for part in $parts; do
     ops) # the operators of mmcv's stand-in, on the device as on the CPU
       run ops "$python" -m pytest -q -p no:cacheprovider tests/openmmlab/test_mmcv_ext.py ;;
     bench)
-      run bench "$python" tools/bench_det.py --output "$report/bench_fp32.json" "${bench[@]}"
-      [ -n "$tiny" ] || run bench_amp "$python" tools/bench_det.py --amp --output "$report/bench_amp.json" "${bench[@]}" ;;
+      run bench "$python" tools/bench_det.py --output "$report/bench.json" "${bench[@]}" ;;
     det)
       train det det "$main_det" "${anns[@]}" "${det_small[@]}" custom_hooks.0.seconds="$seconds" && pictures det
       run det_report "$python" tools/training_report.py "$report/det_curves" "$work/det" ;;
     seg)
-      train seg seg "$main_seg" "${seg_small[@]}" custom_hooks.0.seconds="$seconds" && pictures seg
+      train seg seg "$main_seg" custom_hooks.0.seconds="$seconds" "${seg_small[@]}" && pictures seg
       run seg_report "$python" tools/training_report.py "$report/seg_curves" "$work/seg" ;;
     families) # one model of each other family, 500 steps: the loss has to fall
       works=()
