@@ -170,6 +170,20 @@ def test_on_a_gpu(run, tmp_path):
     assert all(speed[name, "graph"] > speed[name, "eager"] for name in ("test_vmamba", "test_vim"))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("run_as", ["eager", "graph"])
+def test_memory_is_a_settings_own(run_as):
+    """What ran before on other streams, and a larger image, leave nothing in a setting's peak."""
+    device, timing = torch.device("cuda"), module.Timing(1, 3, 0.0, 0.0)
+    small = module.Setting("test_vim", "train", (64, 64), 4, run_as, "bf16")
+    first = module.measure(small, device, timing)["peak_memory_mib"]
+    for run in ("graph", "eager", "graph"):
+        module.measure(module.Setting("test_vmamba", "train", (256, 256), 8, run, "bf16"), device, timing)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.randn(64, 64, device=device) @ torch.randn(64, 64, device=device)
+    assert module.measure(small, device, timing)["peak_memory_mib"] == first
+
+
 @pytest.mark.slow
 def test_the_script_is_the_command(tmp_path):
     script = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"

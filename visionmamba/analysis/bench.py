@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gc
 import io
 import json
 import time
@@ -176,14 +177,14 @@ def _step(model: nn.Module, x: torch.Tensor, setting: Setting) -> Callable[[], N
 def _graphed(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     if device.type != "cuda":
         raise ValueError(f"run: a CUDA graph needs a CUDA device, got {device}")
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # of both: libraries take a workspace for each stream
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         step()
     return graph.replay
 
@@ -267,6 +268,26 @@ def _costs(setting: Setting, model: nn.Module) -> dict[str, str]:
     return columns
 
 
+def _memory_before(device: torch.device) -> int:
+    """Give back what earlier settings have left, and return the bytes that are still allocated on a GPU.
+
+    A library's workspaces stay for each stream that ever ran, and a model that refers to itself until it is collected;
+    the next setting's memory would be without the former, and less by the latter.
+    """
+    gc.collect()
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
+
+
+def _input(setting: Setting, model: nn.Module, device: torch.device) -> torch.Tensor:
+    x = torch.randn(setting.batch, *input_shape(model, setting.size)[1:], device=device)
+    return x.contiguous(memory_format=torch.channels_last) if setting.channels_last and x.dim() == 4 else x
+
+
 def measure(setting: Setting, device: torch.device, timing: Timing | None = None) -> dict[str, str]:
     """Measure a model in one setting.
 
@@ -279,14 +300,12 @@ def measure(setting: Setting, device: torch.device, timing: Timing | None = None
         A row of the table, text by column: throughput in images a second, times in milliseconds.
     """
     training, timing = setting.mode == "train", timing or Timing()
-    gpu = device.type == "cuda"
+    gpu, before = device.type == "cuda", _memory_before(device)
     torch.manual_seed(0)
-    before = torch.cuda.memory_allocated(device) if gpu else 0  # libraries keep a workspace for each stream of the past
     model = create_for_size(setting.model, setting.size, device).train(training)
-    shape = (setting.batch, *input_shape(model, setting.size)[1:])
-    x = torch.randn(shape, device=device)
+    x = _input(setting, model, device)
     if setting.channels_last and x.dim() == 4:
-        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     with _matmul_precision(setting.precision):
@@ -298,7 +317,7 @@ def measure(setting: Setting, device: torch.device, timing: Timing | None = None
     if gpu:
         memory, source = torch.cuda.max_memory_allocated(device) - before, "allocator"
     else:
-        memory, source = parameter_memory(model) + activation_memory(model, shape, training), "shapes"
+        memory, source = parameter_memory(model) + activation_memory(model, x.shape, training), "shapes"
     p50, p90, p99 = np.percentile(times, (50, 90, 99))
     return {
         **setting.identity(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,6 +107,7 @@ def _measure(planned: Plan, out: Path, device: torch.device, timing: Timing) -> 
     from visionmamba.analysis.report import Measurement
 
     results = _open(out, device)
+    gc.freeze()  # what is loaded by now is not looked through for garbage before each setting
     measured = Measurement(environment=results.environment)
     with progress(transient=True) as bar:
         first = [setting for setting in planned.table if setting.run == planned.table[0].run]
