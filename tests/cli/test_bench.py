@@ -181,7 +181,8 @@ def test_memory_is_a_settings_own(run_as):
         module.measure(module.Setting("test_vmamba", "train", (256, 256), 8, run, "bf16"), device, timing)
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.randn(64, 64, device=device) @ torch.randn(64, 64, device=device)
-    assert module.measure(small, device, timing)["peak_memory_mib"] == first
+    again = module.measure(small, device, timing)["peak_memory_mib"]
+    assert float(again) == pytest.approx(float(first), abs=0.5)  # of MiB; scan tables stay
 
 
 @pytest.mark.slow
