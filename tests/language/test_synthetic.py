@@ -114,6 +114,16 @@ def test_curriculum_takes_the_next_stage_once_one_is_learnt():
     assert [slow.advance().get("length") for _ in range(5)] == [4, 4, 8, 8, None]  # half of the steps, shared equally
 
 
+@pytest.mark.parametrize("eps, least, most", [(1e-8, 0.0, 1e-4), (1e-20, 5e-3, 3e-2)])
+def test_a_small_eps_learns_from_vanishing_gradients(eps, least, most):
+    trainer = Trainer(replace(_STAGES, eps=eps, lr=1e-2, warmup=0.0, weight_decay=0.0))
+    weight = trainer.model.backbone.layers[0].mixer.in_proj.weight
+    weight.register_hook(lambda gradient: 1e-12 * gradient / gradient.abs().max())
+    before = weight.detach().clone()
+    trainer.advance()
+    assert least < (weight.detach() - before).abs().max() < most
+
+
 def test_resumed_run_equals_a_whole_one(tmp_path):
     run = replace(_STAGES, options={"length": 8, "num_tokens": 2}, curriculum=({"length": 4},))
     whole, entries = train(run)

@@ -45,6 +45,10 @@ class TrainingRun:
         lr: Peak learning rate.
         warmup: Share of the steps in which it rises.
         weight_decay: Of AdamW; not applied to state matrices, step sizes, norms and biases.
+        label_smoothing: Share of the target spread over all tokens. It keeps the loss from vanishing once every answer
+            is right: what other tokens leave in the state still costs, so a model goes on learning to ignore them.
+        eps: Of AdamW. Once every answer is right gradients are far below the usual 1e-8, which then ends learning; a
+            smaller one keeps the steps at the learning rate's size.
         seed: Of the weights and the data.
         stop_at: Stop when the accuracy of fresh batches reaches this three evaluations in a row.
         eval_every: Steps between evaluations.
@@ -64,6 +68,8 @@ class TrainingRun:
     lr: float = 1e-3
     warmup: float = 0.05
     weight_decay: float = 0.1
+    label_smoothing: float = 0.0
+    eps: float = 1e-8
     seed: int = 0
     stop_at: float = 1.1
     eval_every: int = 100
@@ -156,7 +162,7 @@ class Trainer:
         self.rate = torch.tensor(0.0, device=self.device)  # a tensor, so that a captured step reads the present one
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, run.weight_decay), lr=self.rate if graph else 0.0, betas=(0.9, 0.98),
-            capturable=graph,
+            eps=run.eps, capturable=graph,
         )  # fmt: skip
         self.step = self.stage = self.solved = 0
         self.seconds = 0.0
@@ -177,7 +183,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, getattr(torch, self.run.dtype), enabled=self.run.dtype != "float32"):
             logits = _asked_logits(self.model, inputs, places)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten())
+        logits, smoothing = logits.flatten(0, 1).float(), self.run.label_smoothing
+        loss = F.cross_entropy(logits, answers.flatten(), label_smoothing=smoothing)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -193,7 +200,8 @@ class Trainer:
         example = torch.Generator(self.device).manual_seed(0)
         places = next(_batches(self.run, example, **self.stages[self.stage]))
         before = {p: {name: t.clone() for name, t in state.items()} for p, state in self.optimizer.state.items()}
-        self.rate.zero_()  # the steps that warm up change moments, but no weights
+        weights = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self.rate.fill_(self.run.lr)  # not 0: a captured AdamW divides by it
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
@@ -206,6 +214,9 @@ class Trainer:
         for parameter, state in self.optimizer.state.items():
             for name, tensor in state.items():
                 tensor.copy_(before[parameter][name]) if before else tensor.zero_()
+        with torch.no_grad():
+            for parameter, weight in zip(self.model.parameters(), weights, strict=True):
+                parameter.copy_(weight)
 
         def replay(batch: Batch, rate: float) -> Tensor:
             for place, tensor in zip(places, batch, strict=True):
