@@ -177,7 +177,13 @@ def test_three_processes():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus():
-    checks = [("_check_tensor_parallel", name) for name in CONFIGS]
-    checks += [("_check_context_parallel", name) for name in ("one_group", "groups", "mlp_beside", "no_norm")]
-    _run(2, checks, "cuda")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tensor_parallel_on_two_gpus(name):
+    _run(2, [("_check_tensor_parallel", name)], "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", ["one_group", "groups", "mlp_beside", "no_norm"])
+def test_context_parallel_on_two_gpus(name):
+    _run(2, [("_check_context_parallel", name)], "cuda")
