@@ -125,20 +125,33 @@ def _state_bytes(model: MambaLMHeadModel, length: int) -> int:
     return sum(tensor.numel() * tensor.element_size() for layer in states for tensor in layer)
 
 
-def _peak(function: Callable[[], Any]) -> tuple[float, float]:
-    """Median milliseconds, and peak memory above what was there in MiB."""
-    function()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before, times = torch.cuda.memory_allocated(), []
-    for _ in range(5):
+def _median_time(function: Callable[[], Any], repeats: int = 5) -> float:
+    """Median milliseconds."""
+    times = []
+    for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
-    return sorted(times)[2], (torch.cuda.max_memory_allocated() - before) / 2**20
+    return sorted(times)[repeats // 2]
+
+
+def _measure(function: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds as plain calls and as a CUDA graph, without launches; and peak memory above what was there, in MiB."""
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    plain = _median_time(function)
+    memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    graph.replay()
+    times = {"ms": plain, "graph_ms": _median_time(graph.replay)}
+    return {key: round(value, 3) for key, value in times.items()} | {"peak_mib": round(memory, 1)}
 
 
 def length(output: Path) -> dict[str, Any]:
@@ -160,8 +173,8 @@ def length(output: Path) -> dict[str, Any]:
         for tokens in (2048, 4096, 8192, 16384, 32768, 65536, 131072):
             prompt = torch.randint(0, 50277, (1, tokens), device="cuda")
             with torch.inference_mode():
-                milliseconds, memory = _peak(lambda m=model, p=prompt: m(p, num_last_tokens=1))
-            results[name]["lengths"][tokens] = {"ms": round(milliseconds, 3), "peak_mib": round(memory, 1)}
+                measured = _measure(lambda m=model, p=prompt: m(p, num_last_tokens=1))
+            results[name]["lengths"][tokens] = measured
             print(name, tokens, results[name]["lengths"][tokens], flush=True)
         del model
     _plot_lengths(results, output / "length.png")
@@ -178,9 +191,9 @@ def _plot_lengths(results: dict[str, Any], path: Path) -> None:
     for name, result in results.items():
         lengths = list(result["lengths"])
         label = f"{name} ({result['parameters'] / 1e6:.0f}M)"
-        for axis, quantity in zip(axes, ("ms", "peak_mib"), strict=True):
+        for axis, quantity in zip(axes, ("graph_ms", "peak_mib"), strict=True):
             axis.loglog(lengths, [result["lengths"][n][quantity] for n in lengths], "o-", label=label, base=2)
-    axes[0].set(xlabel="tokens", ylabel="forward, ms")
+    axes[0].set(xlabel="tokens", ylabel="forward as a CUDA graph, ms")
     axes[1].set(xlabel="tokens", ylabel="memory of the forward, MiB")
     axes[0].legend()
     figure.tight_layout()
