@@ -139,7 +139,7 @@ def _median_time(function: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def _measure(function: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds as plain calls and as a CUDA graph, without launches; and peak memory above what was there, in MiB."""
+    """Milliseconds as plain calls and as a CUDA graph, without launches; peak memory above what was there, in MiB."""
     function()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
