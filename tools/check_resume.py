@@ -34,9 +34,7 @@ _SEGMENTOR = [
     "model.data_preprocessor.size=(96,96)", f"model.decode_head.in_channels={_DIMS}", "model.decode_head.channels=16",
     "model.decode_head.dropout_ratio=0", "model.auxiliary_head.in_channels=64", "model.auxiliary_head.channels=16",
     "model.auxiliary_head.dropout_ratio=0", "train_cfg.max_iters=24", "train_cfg.val_interval=24",
-    "default_hooks.checkpoint.interval=8", "train_dataloader.dataset.pipeline.2.scale=(96,96)",
-    "train_dataloader.dataset.pipeline.2.ratio_range=(1.0,1.0)",
-    "train_dataloader.dataset.pipeline.3.crop_size=(96,96)",
+    "default_hooks.checkpoint.interval=8",
     "param_scheduler.0.end=4", "param_scheduler.1.begin=4", "param_scheduler.1.end=24",
 ]  # fmt: skip
 _DETECTOR = [

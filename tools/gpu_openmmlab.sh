@@ -32,8 +32,7 @@ if [ -n "$tiny" ]; then
     val_dataloader.num_workers=0 val_dataloader.persistent_workers=False test_dataloader.num_workers=0
     test_dataloader.persistent_workers=False default_hooks.logger.interval=2)
   det_small=("${small[@]}" "train_dataloader.dataset.pipeline.2.scale=(96,96)" "val_dataloader.dataset.pipeline.1.scale=(96,96)")
-  seg_small=("${small[@]}" "train_dataloader.dataset.pipeline.2.scale=(96,96)" "train_dataloader.dataset.pipeline.3.crop_size=(96,96)"
-    "model.data_preprocessor.size=(96,96)")
+  seg_small=("${small[@]}" "model.data_preprocessor.size=(96,96)")
 else
   det_scenes=(--workers 12) bench=() seconds=${TIME:-180} short=4 interval=10 small=() det_small=()
   seg_small=(optim_wrapper.dtype=bfloat16 --amp) # after --cfg-options' values: mixed precision

@@ -16,14 +16,9 @@ metainfo = dict(
     classes=("background", *"0123456789"),
     palette=[[0, 0, 0], *([23 * i % 256, 91 * i % 256, 157 * i % 256] for i in range(1, 11))],
 )
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations"),
-    dict(type="RandomResize", scale=(256, 256), ratio_range=(1.0, 1.25), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=(256, 256)),
-    dict(type="PackSegInputs"),
-]
-test_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
+# no augmentation: every digit's size, place and colour are drawn at random already
+train_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
+test_pipeline = train_pipeline
 train_dataloader = dict(
     batch_size=16,
     num_workers=8,
