@@ -14,4 +14,4 @@ import visionmamba  # noqa: F401  (registers the models)
 from visionmamba.training.run import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], __doc__))

@@ -14,4 +14,4 @@ import visionmamba  # noqa: F401  (registers the models)
 from visionmamba.training.run import validate
 
 if __name__ == "__main__":
-    sys.exit(validate(sys.argv[1:]))
+    sys.exit(validate(sys.argv[1:], __doc__))

@@ -2,13 +2,14 @@
 
 import csv
 import errno
+from dataclasses import fields
 
 import pytest
 import timm
 import torch
 from digit_folder import write_digits
-from runs import TINY, weights
 
+from runs import TINY, weights
 from visionmamba.inference import create_classifier
 from visionmamba.training import DataError, TrainConfig, Trainer, TrainingError, checkpoint, engine
 from visionmamba.training.checkpoint import WriteError
@@ -122,6 +123,41 @@ def test_full_disk(digits, tmp_path, monkeypatch, capsys):
     assert error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == first
     assert (tmp_path / "checkpoint-3.pt").read_bytes() == kept
+
+
+def test_the_console_tells_how_a_run_goes(digits, tmp_path, capsys):
+    config = [f"{key}={value}" for key, value in SHORT.items() if not isinstance(value, tuple)]
+    words = [*config, f"data={digits}", f"out={tmp_path}", "log_every=2"]
+    assert main(words) == 0
+    assert "epoch 1/1, step 2/3: loss " in capsys.readouterr().out
+    assert main(words) == 0
+    assert (
+        f"the run in {tmp_path} has ended, after 3 steps; more epochs or another out go on" in capsys.readouterr().out
+    )
+    ours = (tmp_path / "best.safetensors").stat().st_mode, (tmp_path / "log.csv").stat().st_mode
+    assert ours[0] == ours[1]  # weights are not for their owner alone
+
+
+def test_help_names_every_key(capsys):
+    assert main(["--help"], "How to use it.") == 0
+    told = capsys.readouterr().out
+    assert told.startswith("How to use it.\n")
+    assert all(f"  {item.name}=" in told for item in fields(TrainConfig))
+    assert main([], "How to use it.") == 2
+    assert capsys.readouterr().err == "How to use it.\n\n--help shows all keys.\n"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["model=test_vim"], "data: expected the folder of the images, data=FOLDER"),
+        (["model=test_vim", "out=/dev/full"], "out: cannot write to the folder /dev/full (File exists)"),
+    ],
+)
+def test_what_a_run_needs_is_asked_for_first(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "device=cpu"]) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_full_device_is_a_write_error(tmp_path, monkeypatch):

@@ -93,6 +93,7 @@ class TrainConfig:
         save_every: Steps between checkpoints, beside those at each epoch's end; 0 for none.
         keep: Checkpoints to keep.
         eval_every: Epochs between evaluations.
+        log_every: Steps between lines that tell how an epoch goes; 0 for none.
         tensorboard: Write TensorBoard's event files too.
     """
 
@@ -167,6 +168,7 @@ class TrainConfig:
     save_every: int = 0
     keep: int = 3
     eval_every: int = 1
+    log_every: int = 50
     tensorboard: bool = False
 
     def __post_init__(self) -> None:

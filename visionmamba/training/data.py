@@ -275,6 +275,8 @@ def open_source(
     Raises:
         DataError: There are no such images, or too few.
     """
+    if not config.data and "/" not in config.dataset:
+        raise DataError("data: expected the folder of the images, data=FOLDER")
     split = config.train_split if training else config.val_split
     mode = "L" if data_config["input_size"][0] == 1 else "RGB"
     samples = config.num_train_samples if training else config.num_val_samples

@@ -7,6 +7,7 @@ import copy
 import math
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,6 +220,7 @@ class Trainer:
         self.config, self.world = config, world
         self.say = say if world.is_main else lambda line: None
         _check_division(config, world)
+        self.folder = _writable(config.out)
         self.device_type = world.device.type
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
@@ -245,7 +247,6 @@ class Trainer:
                 config.mixup, config.cutmix, prob=config.mixup_prob, switch_prob=config.mixup_switch_prob,
                 label_smoothing=config.smoothing, num_classes=self.num_classes,
             )  # fmt: skip
-        self.folder = Path(config.out)
         self.checkpoints = CheckpointFolder(self.folder, config.keep)
         self.step, self.nonfinite, self.nonfinite_in_a_row, self.best = 0, 0, 0, -1.0
         self.loss_sum, self.loss_count = 0.0, 0
@@ -446,9 +447,10 @@ class Trainer:
         """
         from .log import RunLog
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.config.resume and self.resume():
-            self.say(f"going on from step {self.step} of {self.config.epochs * self.train.batches}")
+            total = self.config.epochs * self.train.batches
+            ended = f"the run in {self.folder} has ended, after {self.step} steps; more epochs or another out go on"
+            self.say(ended if self.step >= total else f"going on from step {self.step} of {total}")
         log = RunLog(self.folder, self.step, self.config.tensorboard) if self.world.is_main else None
         previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stop_asked", True))
         row: dict[str, float] = {}
@@ -463,12 +465,18 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> None:
         start = self.step - epoch * self.train.batches
+        pace = _Pace(self.config.log_every, self.config.batch_size)
         for inputs, labels in self.train.loader(epoch, start):
             loss = self._take_step(inputs, labels, epoch)
             self.step += 1
             if loss is not None:
                 self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
             ended = self.step % self.train.batches == 0
+            speed = pace.step()
+            if speed is not None and not ended:
+                where = f"step {self.step - epoch * self.train.batches}/{self.train.batches}"
+                last = "left out" if loss is None else f"loss {loss:.4g}"
+                self.say(f"epoch {epoch + 1}/{self.config.epochs}, {where}: {last}, {speed:.0f} images/s")
             if self._stopping:
                 path = self.save()
                 raise Interrupted(f"stopped by SIGTERM after step {self.step}; saved {path}")
@@ -476,10 +484,42 @@ class Trainer:
                 self.save()
 
 
+class _Pace:
+    """Tells the images a second, every so many steps.
+
+    Args:
+        every: Number of steps; 0 for never.
+        batch_size: Images a step.
+    """
+
+    def __init__(self, every: int, batch_size: int) -> None:
+        self.every, self.batch_size = every, batch_size
+        self.steps, self.since = 0, time.perf_counter()
+
+    def step(self) -> float | None:
+        """Count a step; return the images a second of the last ones if it is time to tell them."""
+        self.steps += 1
+        if not self.every or self.steps % self.every:
+            return None
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        return self.every * self.batch_size / seconds
+
+
 def _without_weights(config: TrainConfig) -> TrainConfig:
     from dataclasses import replace
 
     return replace(config, pretrained=False, checkpoint=None, linear_probe=False, grad_checkpointing=False)
+
+
+def _writable(out: str) -> Path:
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ConfigError(f"out: cannot write to the folder {out} ({error.strerror})") from error
 
 
 def _check_division(config: TrainConfig, world: World) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +23,7 @@ from .engine import Interrupted, Trainer, TrainingError, create_model, data_sett
 
 __all__ = ["main", "validate"]
 
-_TERMINATED = 143
+_TERMINATED, _INTERRUPTED = 143, 130
 _CLEAR = (
     ConfigError,
     DataError,
@@ -53,14 +55,37 @@ def _check_model(name: str) -> None:
         raise ConfigError(f"model: unknown model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
 
 
-def _run(program: Callable[[TrainConfig, World], None], words: Sequence[str]) -> int:
+def _help(usage: str) -> str:
+    """Return a program's usage, and a recipe's keys with their meaning and defaults, as they would be given."""
+
+    def given(value: Any) -> str:
+        if isinstance(value, tuple):
+            return f"'[{', '.join(f'{item:.4g}' for item in value)}]'"
+        return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+    arguments = inspect.getdoc(TrainConfig).split("Args:\n")[1]
+    entries = re.findall(r"^ +(\w+): (.+(?:\n {8,}.+)*)", arguments, re.MULTILINE)
+    keys = [f"  {key}={given(getattr(TrainConfig(), key))}\n      {' '.join(text.split())}" for key, text in entries]
+    return "\n".join([usage.strip(), "", "Keys, with their defaults:", "", *keys])
+
+
+def _run(program: Callable[[TrainConfig, World], None], words: Sequence[str], usage: str) -> int:
     """Run a program in each process; return the exit status."""
+    if {"-h", "--help"} & set(words):
+        print(_help(usage))
+        return 0
+    if not words:
+        print(f"{usage.strip()}\n\n--help shows all keys.", file=sys.stderr)
+        return 2
     try:
         config = _recipe(words)
         program(config, join_world(config.device))
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return _TERMINATED
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return _INTERRUPTED
     except _CLEAR as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -69,20 +94,22 @@ def _run(program: Callable[[TrainConfig, World], None], words: Sequence[str]) ->
     return 0
 
 
-def main(words: Sequence[str]) -> int:
+def main(words: Sequence[str], usage: str = "") -> int:
     """Train.
 
     Args:
         words: A recipe's file, if any, and ``key=value`` words.
+        usage: What ``--help`` says before the keys.
 
     Returns:
-        The exit status: 0 at the end, 143 if SIGTERM stopped the run, 1 for an error in the input.
+        The exit status: 0 at the end, 143 if SIGTERM stopped the run, 130 if the user interrupted it, 1 for an error in
+        the input, 2 without words.
     """
 
     def train(config: TrainConfig, world: World) -> None:
         Trainer(config, world, say=lambda line: print(line, flush=True)).run()
 
-    return _run(train, words)
+    return _run(train, words, usage)
 
 
 def _evaluate(config: TrainConfig, world: World) -> dict[str, Any]:
@@ -107,16 +134,20 @@ def _evaluate(config: TrainConfig, world: World) -> dict[str, Any]:
     autocast = contextlib.nullcontext if dtype is None else lambda: torch.autocast(world.device.type, dtype)
     result = {"model": config.model, **evaluate(model, source, world, autocast)}
     result.update(
-        img_size=settings["input_size"][-1], crop_pct=settings["crop_pct"], interpolation=settings["interpolation"]
+        images=int(result["images"]),
+        img_size=settings["input_size"][-1],
+        crop_pct=settings["crop_pct"],
+        interpolation=settings["interpolation"],
     )
     return result
 
 
-def validate(words: Sequence[str]) -> int:
+def validate(words: Sequence[str], usage: str = "") -> int:
     """Evaluate.
 
     Args:
         words: As for :func:`main`; ``batch_size`` is 256 if not given.
+        usage: As for :func:`main`.
 
     Returns:
         The exit status.
@@ -127,4 +158,6 @@ def validate(words: Sequence[str]) -> int:
         if world.is_main:
             print(json.dumps(result, indent=2))
 
-    return _run(program, ["batch_size=256", *words] if not any(w.startswith("batch_size=") for w in words) else words)
+    if words and not any(word.startswith("batch_size=") for word in words):
+        words = ["batch_size=256", *words]
+    return _run(program, words, usage)
