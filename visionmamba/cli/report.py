@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,6 +89,8 @@ def report(
 def _open(out: Path, device: torch.device | None) -> Results:
     from visionmamba.analysis.bench import Results
 
+    if device is None and not (out / "measurements" / "environment.json").exists():
+        raise CommandError(f"--out: {out} holds no measurements to show")
     try:
         return Results(check_folder(out) / "measurements", device)
     except ValueError as error:
@@ -107,11 +111,10 @@ def _measure(planned: Plan, out: Path, device: torch.device, timing: Timing) -> 
     from visionmamba.analysis.report import Measurement
 
     results = _open(out, device)
-    gc.freeze()  # what is loaded by now is not looked through for garbage before each setting
     measured = Measurement(environment=results.environment)
-    with progress(transient=True) as bar:
-        first = [setting for setting in planned.table if setting.run == planned.table[0].run]
-        settings = list(dict.fromkeys([*first, *planned.sweep, *planned.table]))
+    first = [setting for setting in planned.table if setting.run == planned.table[0].run]
+    settings = list(dict.fromkeys([*first, *planned.sweep, *planned.table]))
+    with progress(transient=True) as bar, _what_is_loaded_is_no_garbage():
         task = bar.add_task("measuring", total=len(settings))
 
         def notify(setting: Setting, row: dict[str, Any]) -> None:
@@ -124,3 +127,13 @@ def _measure(planned: Plan, out: Path, device: torch.device, timing: Timing) -> 
             energy = (setting.mode, setting.run) == ("infer", planned.table[-1].run) and setting in planned.table
             results.measure([setting], device, timing if energy else replace(timing, energy_seconds=0.0), notify)
     return measured
+
+
+@contextlib.contextmanager
+def _what_is_loaded_is_no_garbage() -> Iterator[None]:
+    """Leave what is loaded by now out of the garbage collection before each setting, which would go through it all."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
