@@ -32,6 +32,26 @@ def _log1p_exp(x):
 
 
 @triton.jit
+def _place(row, directions, heads, heads_per_group):
+    """Batch, direction, head and group of a row, and the place of its direction and head in (K, H)."""
+    b = (row // (directions * heads)).to(tl.int64)
+    kh = row % (directions * heads)
+    k = kh // heads
+    h = kh % heads
+    return b, k, h, h // heads_per_group, kh
+
+
+@triton.jit
+def _decay_and_bias(A_ptr, bias_ptr, kh, BIAS: tl.constexpr):
+    """A of a head, and the bias of its step sizes."""
+    A = tl.load(A_ptr + kh)
+    bias = 0.0
+    if BIAS:
+        bias = tl.load(bias_ptr + kh)
+    return A, bias
+
+
+@triton.jit
 def _tokens(order_ptr, rows, steps):
     """Tokens that a direction visits at the given steps, and whether there are any."""
     token = tl.load(order_ptr + rows, mask=rows < steps, other=-1)
@@ -108,6 +128,17 @@ def _decay_matrix(total, sequence, Q: tl.constexpr, PACKED: tl.constexpr, PRECIS
 
 
 @triton.jit
+def _advance(state, scores, x, B, C, step, entry, leaving, through, PRECISION: tl.constexpr):
+    """Outputs of a chunk, without the skip, and the state after it, given the decayed C B^T."""
+    weights = scores * step[None, :]
+    y = tl.dot(weights.to(x.dtype), x, input_precision=PRECISION)
+    y += entry[:, None] * tl.dot(C, tl.trans(state).to(C.dtype), input_precision=PRECISION)
+    weighted = x.to(tl.float32) * (leaving * step)[:, None]
+    state = through * state + tl.dot(tl.trans(weighted).to(B.dtype), B, input_precision=PRECISION)
+    return y, state
+
+
+@triton.jit
 def ssd_forward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, order_ptr, segment_ptr, before_ptr, y_ptr, final_ptr,
     steps, directions, heads, heads_per_group, chunks_per_segment, segments,
@@ -119,11 +150,7 @@ def ssd_forward(
     """Outputs and last state of one segment of a row, BLOCK_P channels. SKIP: 0 none, 1 D (K, H), 2 D (K, H, P)."""
     row = tl.program_id(0)
     part = tl.program_id(1)
-    b = (row // (directions * heads)).to(tl.int64)
-    kh = row % (directions * heads)
-    k = kh // heads
-    h = kh % heads
-    g = h // heads_per_group
+    b, k, h, g, kh = _place(row, directions, heads, heads_per_group)
     q, p, n = tl.arange(0, Q), tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     x_ptr += b * x_b + k * x_k + h * x_h
     dt_ptr += b * dt_b + k * dt_k + h * dt_h
@@ -132,10 +159,7 @@ def ssd_forward(
     y_ptr += b * y_b + k * y_k + h * y_h
     order_ptr += k * steps
     segment_ptr += (b * directions + k) * steps
-    A = tl.load(A_ptr + kh)
-    bias = 0.0
-    if BIAS:
-        bias = tl.load(bias_ptr + kh)
+    A, bias = _decay_and_bias(A_ptr, bias_ptr, kh, BIAS)
     state_mask = (p < P)[:, None] & (n < N)[None, :]
     state_offsets = p[:, None] * N + n[None, :]
     state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
@@ -154,11 +178,8 @@ def ssd_forward(
         B = _rows_of(B_ptr, token, B_l, n, valid, N)
         C = _rows_of(C_ptr, token, C_l, n, valid, N)
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
-        weights = scores * _decay_matrix(total, sequence, Q, PACKED, PRECISION) * step[None, :]
-        y = tl.dot(weights.to(x.dtype), x, input_precision=PRECISION)
-        y += entry[:, None] * tl.dot(C, tl.trans(state).to(C.dtype), input_precision=PRECISION)
-        weighted = x.to(tl.float32) * (leaving * step)[:, None]
-        state = through * state + tl.dot(tl.trans(weighted).to(B.dtype), B, input_precision=PRECISION)
+        scores *= _decay_matrix(total, sequence, Q, PACKED, PRECISION)
+        y, state = _advance(state, scores, x, B, C, step, entry, leaving, through, PRECISION)
         if SKIP == 1:
             y += tl.load(D_ptr + kh) * x.to(tl.float32)
         if SKIP == 2:
@@ -188,20 +209,14 @@ def ssd_states(
     """
     row = tl.program_id(0)
     part = tl.program_id(1)
-    b = (row // (directions * heads)).to(tl.int64)
-    kh = row % (directions * heads)
-    k = kh // heads
-    h = kh % heads
+    b, k, h, g, kh = _place(row, directions, heads, heads_per_group)
     q, p, n = tl.arange(0, Q), tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     value_ptr += b * v_b + k * v_k + h * v_h
     dt_ptr += b * dt_b + k * dt_k + h * dt_h
-    key_ptr += b * key_b + k * key_k + (h // heads_per_group) * key_g
+    key_ptr += b * key_b + k * key_k + g * key_g
     order_ptr += k * steps
     segment_ptr += (b * directions + k) * steps
-    A = tl.load(A_ptr + kh)
-    bias = 0.0
-    if BIAS:
-        bias = tl.load(bias_ptr + kh)
+    A, bias = _decay_and_bias(A_ptr, bias_ptr, kh, BIAS)
     state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     decay = 1.0
     for c in range(0, chunks_per_segment):
@@ -257,6 +272,35 @@ def ssd_pass(
 
 
 @triton.jit
+def _within_chunk(weights, x, dy, step, Q: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradients of x, step sizes and log-decays from pairs of steps within a chunk, given the decayed C B^T."""
+    q = tl.arange(0, Q)
+    by_step = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * weights
+    dstep = tl.sum(by_step, axis=0)
+    weights *= step[None, :]
+    dx = tl.dot(tl.trans(weights).to(dy.dtype), dy, input_precision=PRECISION)
+    # Step j decays the pairs l < j <= i: sums over l, then over i
+    pairs = tl.where(q[:, None] > q[None, :], by_step * step[None, :], 0.0)
+    pairs = tl.where(q[:, None] >= q[None, :], tl.cumsum(pairs, axis=1) - pairs, 0.0)
+    return dx, dstep, tl.sum(pairs, axis=0)
+
+
+@triton.jit
+def _add_states(dx, dstep, dlog, x, dy, B, C, before, after, step, entry, leaving, through, PRECISION: tl.constexpr):
+    """Add what comes from the state before a chunk, and from its part in the state after it."""
+    dlog += through * tl.sum(tl.sum(before * after, axis=1), axis=0)
+    reached = tl.dot(C, tl.trans(before.to(C.dtype)), input_precision=PRECISION)
+    entering = tl.sum(dy.to(tl.float32) * reached, axis=1) * entry
+    dlog += tl.cumsum(entering, axis=0, reverse=True)
+    stored = tl.dot(B, tl.trans(after.to(B.dtype)), input_precision=PRECISION)
+    kept = tl.sum(x.to(tl.float32) * stored, axis=1) * leaving
+    dx += (leaving * step)[:, None] * stored
+    dstep += kept
+    dlog += tl.cumsum(kept * step, axis=0) - kept * step
+    return dx, dstep, dlog
+
+
+@triton.jit
 def ssd_gradients(
     dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, order_ptr, segment_ptr, before_ptr, after_ptr,
     dx_ptr, ddt_ptr, dA_ptr, dD_ptr,
@@ -269,20 +313,13 @@ def ssd_gradients(
     """Gradients of x, dt, A and D in a chunk of a row, given the state before it and the gradient of that after it."""
     row = tl.program_id(0)
     chunk = tl.program_id(1)
-    b = (row // (directions * heads)).to(tl.int64)
-    kh = row % (directions * heads)
-    k = kh // heads
-    h = kh % heads
-    g = h // heads_per_group
+    b, k, h, g, kh = _place(row, directions, heads, heads_per_group)
     q, p, n = tl.arange(0, Q), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     start = chunk * Q
     rows = start + q
     segment_ptr += (b * directions + k) * steps
     token, valid = _tokens(order_ptr + k * steps, rows, steps)
-    A = tl.load(A_ptr + kh)
-    bias = 0.0
-    if BIAS:
-        bias = tl.load(bias_ptr + kh)
+    A, bias = _decay_and_bias(A_ptr, bias_ptr, kh, BIAS)
     step, pre, free = _step_sizes(
         dt_ptr + b * dt_b + k * dt_k + h * dt_h, dt_l, token, valid, bias, dt_min, dt_max, SOFTPLUS
     )
@@ -294,33 +331,14 @@ def ssd_gradients(
     B = _rows_of(B_ptr + b * B_b + k * B_k + g * B_g, token, B_l, n, valid, N)
     C = _rows_of(C_ptr + b * C_b + k * C_k + g * C_g, token, C_l, n, valid, N)
 
-    # Within the chunk
     weights = tl.dot(C, tl.trans(B), input_precision=PRECISION) * _decay_matrix(total, sequence, Q, PACKED, PRECISION)
-    by_step = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * weights
-    dstep = tl.sum(by_step, axis=0)
-    weights *= step[None, :]
-    dx = tl.dot(tl.trans(weights).to(dy.dtype), dy, input_precision=PRECISION)
-    # Step j decays the pairs l < j <= i: sums over l, then over i
-    pairs = tl.where(q[:, None] > q[None, :], by_step * step[None, :], 0.0)
-    pairs = tl.where(q[:, None] >= q[None, :], tl.cumsum(pairs, axis=1) - pairs, 0.0)
-    dlog = tl.sum(pairs, axis=0)
-
-    # From the state before, and into the state after
+    dx, dstep, dlog = _within_chunk(weights, x, dy, step, Q, PRECISION)
     state_base = (row.to(tl.int64) * chunks + chunk) * P * N
     state_mask = (p < P)[:, None] & (n < N)[None, :]
     state_offsets = p[:, None] * N + n[None, :]
     before = tl.load(before_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
     after = tl.load(after_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
-    dlog += through * tl.sum(tl.sum(before * after, axis=1), axis=0)
-    reached = tl.dot(C, tl.trans(before.to(C.dtype)), input_precision=PRECISION)
-    entering = tl.sum(dy.to(tl.float32) * reached, axis=1) * entry
-    dlog += tl.cumsum(entering, axis=0, reverse=True)
-    stored = tl.dot(B, tl.trans(after.to(B.dtype)), input_precision=PRECISION)
-    kept = tl.sum(x.to(tl.float32) * stored, axis=1) * leaving
-    dx += (leaving * step)[:, None] * stored
-    dstep += kept
-    dlog += tl.cumsum(kept * step, axis=0) - kept * step
-
+    dx, dstep, dlog = _add_states(dx, dstep, dlog, x, dy, B, C, before, after, step, entry, leaving, through, PRECISION)
     if SKIP > 0:
         per_channel = tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=0)
         tl.store(dD_ptr + (row.to(tl.int64) * chunks + chunk) * P + p, per_channel, mask=p < P)
