@@ -17,6 +17,7 @@ from mmengine.structures import PixelData  # noqa: E402
 from test_backbone import detection_batch, image  # noqa: E402
 
 import visionmamba.openmmlab  # noqa: E402, F401
+from visionmamba.models.local_vmamba import TINY_DIRECTIONS  # noqa: E402
 from visionmamba.openmmlab.complexity import complexity  # noqa: E402
 from visionmamba.openmmlab.runner import build_model, load_config  # noqa: E402
 
@@ -122,6 +123,27 @@ def test_counts(name):
         published, counted = metadata.get(kind), metadata[f"Counted {kind}"]
         if published and abs(counted / published - 1) > 0.01:
             assert len(metadata["Note"]) > 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "published"),
+    [
+        ("detection/local_mamba/mask-rcnn_local-vmamba-s_fpn_amp-1x_coco.py", (800, 1280), 414e9),
+        ("segmentation/local_mamba/local-vmamba-s_upernet_8xb2-160k_ade20k-512x512.py", (512, 2048), 1095e9),
+    ],
+    ids=["detection", "segmentation"],
+)
+def test_searched_directions_explain_the_small_local_mambas_operations(name, size, published):
+    """The published count lies between those without and with windows of 7, and fits the tiny model's layers."""
+    count = {}
+    middle = TINY_DIRECTIONS[4:-2]
+    layers = (*TINY_DIRECTIONS[:4], *middle, *middle, *middle, *TINY_DIRECTIONS[-2:])
+    for kind, directions in (("none", "h,h_flip,v,v_flip"), ("tiny", layers), ("all", "h,h_flip,w7,w7_flip")):
+        config = load_config(str(ROOT / name), {"model.backbone.directions": directions})
+        count[kind] = complexity(config, size)["flops"]
+    assert count["none"] < published < count["all"]
+    assert count["tiny"] == pytest.approx(published, rel=0.01)
 
 
 @each_config(EVERY)
