@@ -191,6 +191,25 @@ def test_packed_prefill(kind):
         torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+@torch.no_grad()
+def test_packed_prefill_with_padding(kind):
+    """Both ways to say what is packed: padding after the last boundary, and a cache row without a sequence."""
+    model, bounds = small_model(kind), [0, 9, 11, 11]
+    tokens, following = torch.randint(0, 250, (1, 15)), torch.randint(0, 250, (3, 1))
+    seq_idx = torch.tensor([[0] * 9 + [1] * 2 + [-1] * 4], dtype=torch.int32)
+    parameters = InferenceParams(max_seqlen=32, max_batch_size=3)
+    packed = model(tokens, inference_params=parameters, seq_idx=seq_idx, cu_seqlens=torch.tensor(bounds)).logits
+    parameters.seqlen_offset = 1
+    logits = model(following, inference_params=parameters).logits[:, 0]
+    for row, (start, end) in enumerate(pairwise(bounds)):
+        expected = model(torch.cat([tokens[:, start:end], following[row : row + 1]], dim=1)).logits[0]
+        torch.testing.assert_close(logits[row], expected[-1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed[0, start:end], expected[:-1], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cu_seqlens: expected increasing boundaries from 0 to 15 tokens"):
+        model(tokens, seq_idx=seq_idx.abs(), cu_seqlens=torch.tensor(bounds))
+
+
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2", "mlp"])
 def test_bfloat16_autocast_trains(kind):
     model = small_model(kind).train()

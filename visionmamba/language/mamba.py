@@ -155,14 +155,17 @@ class Mamba(nn.Module):
         return (out, states) if return_final_states else out
 
     def _prefill(self, projected: Tensor, bounds: list[int], cache: tuple[Tensor, Tensor]) -> Tensor:
-        """Run over packed sequences one by one, and keep the states after each."""
+        """Run over packed sequences one by one, and keep the states after each; 0 for padding and empty sequences."""
         outputs = []
         for row, (start, end) in enumerate(pairwise(bounds)):
-            y, states = self._scan(projected[:, start:end], None)
-            for target, state in zip(cache, states, strict=True):
-                target[row].copy_(state[0])
-            outputs.append(y)
-        return torch.cat(outputs, dim=1)
+            for target in cache:
+                target[row].zero_()
+            if start < end:
+                y, states = self._scan(projected[:, start:end], None)
+                for target, state in zip(cache, states, strict=True):
+                    target[row].copy_(state[0])
+                outputs.append(y)
+        return F.pad(torch.cat(outputs, dim=1), (0, 0, 0, projected.shape[1] - bounds[-1]))
 
     def _scan(self, projected: Tensor, states: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """From ``in_proj``'s output to ``out_proj``'s input, and the states after the last token."""

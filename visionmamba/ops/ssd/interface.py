@@ -17,18 +17,26 @@ __all__ = ["check_cu_seqlens", "mamba_chunk_scan_combined", "mamba_split_conv1d_
 _UNLIMITED = (0.0, float("inf"))
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> list[int]:
+def check_cu_seqlens(cu_seqlens: Tensor, length: int, seq_idx: Tensor | None = None) -> list[int]:
     """Return the boundaries of packed sequences as a list.
 
     Args:
         cu_seqlens: ``(S + 1,)`` integer, from 0 to ``length``, increasing.
         length: Number of packed tokens.
+        seq_idx: Sequence of each token, ``(1, length)``, where both are given: then the last tokens may be padding, of
+            sequences below 0, after the last boundary, and a sequence may be empty (a row of the cache without one).
 
     Raises:
         ValueError: They do not cover exactly the tokens, or do not increase.
     """
     bounds = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or any(a >= b for a, b in pairwise(bounds)):
+    shortest = 1 if seq_idx is None else 0
+    valid = len(bounds) >= 2 and bounds[0] == 0 and all(end - start >= shortest for start, end in pairwise(bounds))
+    if valid and seq_idx is not None and bool((seq_idx[0, bounds[-1] :] < 0).all()):
+        valid = bounds[-1] <= length
+    else:
+        valid = valid and bounds[-1] == length
+    if not valid:
         raise ValueError(f"cu_seqlens: expected increasing boundaries from 0 to {length} tokens, got {bounds}")
     return bounds
 
@@ -48,7 +56,7 @@ def varlen_states(
         step: Delta, after bias, softplus and clamp, ``(1, L, H)``.
         A: ``(H,)``.
         B: ``(1, L, G, N)``.
-        cu_seqlens: ``(S + 1,)`` boundaries of the sequences.
+        cu_seqlens: ``(S + 1,)`` boundaries of the sequences, checked by :func:`check_cu_seqlens`.
         initial_states: State before the first sequence, ``(1, H, P, N)``.
 
     Returns:
@@ -57,15 +65,14 @@ def varlen_states(
     dtype = torch.promote_types(x.dtype, torch.float32)
     heads, groups = A.shape[0], B.shape[2]
     x, step, A, B = x[0].to(dtype), step[0].to(dtype), A.to(dtype), B[0].to(dtype)
-    bounds = check_cu_seqlens(cu_seqlens, x.shape[0])
     states = []
-    for start, end in pairwise(bounds):
+    for start, end in pairwise(cu_seqlens.tolist()):
         log_decay = step[start:end] * A
         remaining = log_decay.flip(0).cumsum(0).flip(0) - log_decay  # from after each step to the sequence's end
         weighted = x[start:end] * (remaining.exp() * step[start:end]).unsqueeze(-1)  # (T, H, P)
         weighted = weighted.unflatten(1, (groups, heads // groups))
         state = torch.einsum("tgrp,tgn->grpn", weighted, B[start:end]).flatten(0, 1)
-        if start == 0 and initial_states is not None:
+        if not states and initial_states is not None:
             state = state + log_decay.sum(0).exp()[:, None, None] * initial_states[0].to(dtype)
         states.append(state)
     return torch.stack(states)
@@ -104,7 +111,7 @@ def mamba_chunk_scan_combined(
         initial_states: ``(B, H, P, N)``; with ``seq_idx`` they belong to sequence 0.
         seq_idx: Sequence each token belongs to, ``(B, L)`` integer, non-decreasing from 0.
         cu_seqlens: Boundaries of the packed sequences, ``(S + 1,)``, B must be 1; resets the state at each where
-            ``seq_idx`` is absent.
+            ``seq_idx`` is absent. Where it is given, tokens of sequences below 0 may follow the last boundary.
         dt_softplus: Apply softplus to ``dt + dt_bias``.
         dt_limit: Range that the step sizes are clamped to.
         return_final_states: Also return the state after the last step.
@@ -123,7 +130,7 @@ def mamba_chunk_scan_combined(
     if cu_seqlens is not None:
         if x.shape[0] != 1:
             raise ValueError(f"cu_seqlens: expected packed sequences in a batch of 1, got a batch of {x.shape[0]}")
-        bounds = check_cu_seqlens(cu_seqlens, x.shape[1])
+        bounds = check_cu_seqlens(cu_seqlens, x.shape[1], seq_idx)
         if seq_idx is None:
             lengths = torch.diff(torch.tensor(bounds, device=x.device))
             seq_idx = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths).unsqueeze(0)
