@@ -346,8 +346,8 @@ def _figures(planned: Plan, measured: Measurement) -> list[dict[str, str]]:
         ("time", "Time against resolution", _sweep_figure(planned, measured, *_SWEEPS[0]),
          f"One image, forward{run}. A scan's time grows in proportion to the pixels, attention's with their square."),
         ("memory", "Memory against resolution", _sweep_figure(planned, measured, *_SWEEPS[1]),
-         f"One image, forward{run}, with the parameters. Attention that never stores its matrix, as DeiT's here, takes "
-         "memory in proportion to the pixels too."),
+         f"One image, forward{run}, with the parameters. Attention that never stores its matrix takes memory in "
+         "proportion to the pixels too."),
     ]  # fmt: skip
     return [
         {"name": name, "title": title, "svg": _svg(figure, name), "caption": caption}
