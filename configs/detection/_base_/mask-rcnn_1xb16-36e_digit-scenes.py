@@ -12,51 +12,37 @@ model = dict(
     test_cfg=dict(rpn=few_proposals, rcnn=dict(max_per_img=30)),
 )
 
-data_root = "data/digit_scenes/"
-metainfo = dict(classes=tuple("0123456789"))
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="Resize", scale=(256, 256), keep_ratio=True),
-    dict(type="PackDetInputs"),
-]
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(256, 256), keep_ratio=True),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
-]
+load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True, with_mask=True)]
+resize = dict(type="Resize", scale=(256, 256), keep_ratio=True)
+scenes = dict(type="CocoDataset", data_root="data/digit_scenes/", metainfo=dict(classes=tuple("0123456789")))
 train_dataloader = dict(
     batch_size=16,
     num_workers=8,
     persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(
-        type="CocoDataset",
-        data_root=data_root,
-        metainfo=metainfo,
+        scenes,
         ann_file="train/annotations.json",
         data_prefix=dict(img="train/images/"),
-        pipeline=train_pipeline,
+        pipeline=[*load, resize, dict(type="PackDetInputs")],
     ),
 )
+pack = dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"))
 val_dataloader = dict(
     batch_size=8,
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
-        type="CocoDataset",
-        data_root=data_root,
-        metainfo=metainfo,
+        scenes,
         ann_file="val/annotations.json",
         data_prefix=dict(img="val/images/"),
         test_mode=True,
-        pipeline=test_pipeline,
+        pipeline=[load[0], resize, load[1], pack],
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type="CocoMetric", ann_file=data_root + "val/annotations.json", metric=["bbox", "segm"])
+val_evaluator = dict(type="CocoMetric", ann_file=scenes["data_root"] + "val/annotations.json", metric=["bbox", "segm"])
 test_evaluator = val_evaluator
 
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=36, val_interval=6)

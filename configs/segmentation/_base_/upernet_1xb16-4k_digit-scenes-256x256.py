@@ -11,41 +11,30 @@ model = dict(
     auxiliary_head=dict(num_classes=11, norm_cfg=norm_cfg),
 )
 
-data_root = "data/digit_scenes/"
-metainfo = dict(
-    classes=("background", *"0123456789"),
-    palette=[[0, 0, 0], *([23 * i % 256, 91 * i % 256, 157 * i % 256] for i in range(1, 11))],
+scenes = dict(
+    type="BaseSegDataset",
+    data_root="data/digit_scenes/",
+    metainfo=dict(
+        classes=("background", *"0123456789"),
+        palette=[[0, 0, 0], *([23 * i % 256, 91 * i % 256, 157 * i % 256] for i in range(1, 11))],
+    ),
+    img_suffix=".png",
+    # no augmentation: every digit's size, place and colour are drawn at random already
+    pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
 )
-# no augmentation: every digit's size, place and colour are drawn at random already
-train_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
-test_pipeline = train_pipeline
 train_dataloader = dict(
     batch_size=16,
     num_workers=8,
     persistent_workers=True,
     sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type="BaseSegDataset",
-        data_root=data_root,
-        metainfo=metainfo,
-        img_suffix=".png",
-        data_prefix=dict(img_path="train/images", seg_map_path="train/labels"),
-        pipeline=train_pipeline,
-    ),
+    dataset=dict(scenes, data_prefix=dict(img_path="train/images", seg_map_path="train/labels")),
 )
 val_dataloader = dict(
     batch_size=8,
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="BaseSegDataset",
-        data_root=data_root,
-        metainfo=metainfo,
-        img_suffix=".png",
-        data_prefix=dict(img_path="val/images", seg_map_path="val/labels"),
-        pipeline=test_pipeline,
-    ),
+    dataset=dict(scenes, data_prefix=dict(img_path="val/images", seg_map_path="val/labels")),
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
