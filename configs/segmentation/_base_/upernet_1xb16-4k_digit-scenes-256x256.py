@@ -11,6 +11,7 @@ model = dict(
     auxiliary_head=dict(num_classes=11, norm_cfg=norm_cfg),
 )
 
+test_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
 scenes = dict(
     type="BaseSegDataset",
     data_root="data/digit_scenes/",
@@ -19,8 +20,7 @@ scenes = dict(
         palette=[[0, 0, 0], *([23 * i % 256, 91 * i % 256, 157 * i % 256] for i in range(1, 11))],
     ),
     img_suffix=".png",
-    # no augmentation: every digit's size, place and colour are drawn at random already
-    pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
+    pipeline=test_pipeline,  # no augmentation: every digit's size, place and colour are drawn at random already
 )
 train_dataloader = dict(
     batch_size=16,
