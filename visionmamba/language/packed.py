@@ -18,8 +18,8 @@ def sequence_index(cu_seqlens: Tensor | None, seq_idx: Tensor | None, x: Tensor)
 
     Args:
         cu_seqlens: Boundaries of the packed sequences, ``(S + 1,)`` integer, from 0 to L; the batch must be 1.
-        seq_idx: Sequence of each token, ``(B, L)`` integer; returned as it is where it is alone. Beside ``cu_seqlens``,
-            which then decides, it marks padding after the last sequence by numbers below 0.
+        seq_idx: Sequence of each token, ``(B, L)`` integer; returned as it is where it is alone. Beside it
+            ``cu_seqlens`` decides, tokens after the last boundary are padding, and sequences may be empty.
         x: The tokens, ``(B, L, D)``.
 
     Raises:
@@ -32,7 +32,7 @@ def sequence_index(cu_seqlens: Tensor | None, seq_idx: Tensor | None, x: Tensor)
         return seq_idx
     if x.shape[0] != 1:
         raise ValueError(f"cu_seqlens: expected packed sequences in a batch of 1, got a batch of {x.shape[0]}")
-    bounds = [*check_cu_seqlens(cu_seqlens, x.shape[1], seq_idx), x.shape[1]]  # what follows is a sequence of its own
+    bounds = [*check_cu_seqlens(cu_seqlens, x.shape[1], padded=seq_idx is not None), x.shape[1]]
     lengths = torch.diff(torch.tensor(bounds))
     index = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
     return index.unsqueeze(0).to(x.device)

@@ -17,26 +17,20 @@ __all__ = ["check_cu_seqlens", "mamba_chunk_scan_combined", "mamba_split_conv1d_
 _UNLIMITED = (0.0, float("inf"))
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, length: int, seq_idx: Tensor | None = None) -> list[int]:
+def check_cu_seqlens(cu_seqlens: Tensor, length: int, padded: bool = False) -> list[int]:
     """Return the boundaries of packed sequences as a list.
 
     Args:
         cu_seqlens: ``(S + 1,)`` integer, from 0 to ``length``, increasing.
         length: Number of packed tokens.
-        seq_idx: Sequence of each token, ``(1, length)``, where both are given: then the last tokens may be padding, of
-            sequences below 0, after the last boundary, and a sequence may be empty (a row of the cache without one).
+        padded: Whether tokens may follow the last boundary, and sequences may be empty (rows of a cache without one).
 
     Raises:
         ValueError: They do not cover exactly the tokens, or do not increase.
     """
     bounds = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
-    shortest = 1 if seq_idx is None else 0
-    valid = len(bounds) >= 2 and bounds[0] == 0 and all(end - start >= shortest for start, end in pairwise(bounds))
-    if valid and seq_idx is not None and bool((seq_idx[0, bounds[-1] :] < 0).all()):
-        valid = bounds[-1] <= length
-    else:
-        valid = valid and bounds[-1] == length
-    if not valid:
+    covers = len(bounds) >= 2 and bounds[0] == 0 and (bounds[-1] <= length if padded else bounds[-1] == length)
+    if not covers or any(end - start < (not padded) for start, end in pairwise(bounds)):
         raise ValueError(f"cu_seqlens: expected increasing boundaries from 0 to {length} tokens, got {bounds}")
     return bounds
 
@@ -111,7 +105,7 @@ def mamba_chunk_scan_combined(
         initial_states: ``(B, H, P, N)``; with ``seq_idx`` they belong to sequence 0.
         seq_idx: Sequence each token belongs to, ``(B, L)`` integer, non-decreasing from 0.
         cu_seqlens: Boundaries of the packed sequences, ``(S + 1,)``, B must be 1; resets the state at each where
-            ``seq_idx`` is absent. Where it is given, tokens of sequences below 0 may follow the last boundary.
+            ``seq_idx`` is absent. Where it is given, tokens may follow the last boundary: padding.
         dt_softplus: Apply softplus to ``dt + dt_bias``.
         dt_limit: Range that the step sizes are clamped to.
         return_final_states: Also return the state after the last step.
@@ -130,7 +124,7 @@ def mamba_chunk_scan_combined(
     if cu_seqlens is not None:
         if x.shape[0] != 1:
             raise ValueError(f"cu_seqlens: expected packed sequences in a batch of 1, got a batch of {x.shape[0]}")
-        bounds = check_cu_seqlens(cu_seqlens, x.shape[1], seq_idx)
+        bounds = check_cu_seqlens(cu_seqlens, x.shape[1], padded=seq_idx is not None)
         if seq_idx is None:
             lengths = torch.diff(torch.tensor(bounds, device=x.device))
             seq_idx = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths).unsqueeze(0)
