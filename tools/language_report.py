@@ -1,0 +1,185 @@
+"""Write ``benchmarks/language.md`` from the figures beside it.
+
+``python tools/language_report.py --folder benchmarks/language`` reads ``ssd.json``, ``decode.json`` and ``length.json``
+(``bench_language.py``), ``synthetic/*.jsonl`` (``train_synthetic.py``) and ``upstream.json`` (``upstream_tests.py``),
+and writes the page next to the folder. What is not there is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_PEER = {"ssd_2k": (1.13, 3.37), "ssd_16k": (0.53, 3.31), "ssd_196": (0.90, 4.07)}
+"""Forward and backward milliseconds of mamba_ssm 2.3.2's Triton kernels on an H200."""
+_SHAPES = {"ssd_2k": "8, 2048, 32, 64, 128", "ssd_16k": "1, 16384, 32, 64, 128", "ssd_196": "128, 196, 12, 64, 64"}
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose first ``left`` columns are aligned to the left."""
+    rule = ["---"] * left + ["--:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows]).replace("| --- |", "|---|")
+
+
+def _where(environment: dict[str, str]) -> str:
+    """What figures were measured on."""
+    named = {"driver": "driver ", "torch": "PyTorch ", "triton": "Triton ", "commit": "commit "}
+    parts = [f"{prefix}{environment[key][:12]}" for key, prefix in named.items() if environment.get(key)]
+    return ", ".join([environment.get("gpu", "CPU"), *parts])
+
+
+def _ssd(results: dict[str, Any], where: str) -> str:
+    rows, worst = [], 0.0
+    for name, result in results.items():
+        row = [_SHAPES[name]]
+        for mine, peer in zip((result["fwd_ms"], result["bwd_ms"]), _PEER[name], strict=True):
+            row += [f"{mine:.3f}", f"{peer:.2f}", f"{peer / mine:.1f}"]
+        rows.append(row)
+        worst = max(worst, *result["relative_errors"].values())
+    header = ["B, L, H, P, N", "forward", "mamba_ssm", "times", "backward", "mamba_ssm", "times"]
+    return f"""## SSD
+
+Milliseconds, forward without gradients and backward of all inputs, bf16 with float32 A, D and bias, beside mamba_ssm
+2.3.2's Triton kernels on the same kind of GPU (medians of Triton's `do_bench`).
+
+{_table(header, rows)}
+
+Relative distance (Frobenius) to float32 of outputs and gradients: at most {worst:.1e}, the rounding of bf16.
+
+{where}."""
+
+
+def _decode(results: dict[str, Any], where: str) -> str:
+    rows, states = [], []
+    for layer in ("Mamba1", "Mamba2"):
+        for batch in (1, 64):
+            graphs, eager = (results[f"{layer}_batch{batch}_{kind}"] for kind in ("graphs", "eager"))
+            row = [f"{graphs['tokens_per_s']:,.0f}", f"{graphs['ms_per_step']:.2f}", f"{eager['tokens_per_s']:,.0f}"]
+            rows.append([layer, str(batch), *row])
+        sizes = {int(length): size / 2**20 for length, size in results[f"{layer}_state_bytes"].items()}
+        states.append(
+            f"{layer}: " + ", ".join(f"{size:.2f} MiB at {length:,} tokens" for length, size in sizes.items())
+        )
+    header = ["Layer", "batch", "tokens/s, CUDA graphs", "ms a step", "tokens/s, eager"]
+    return f"""## Decoding
+
+130M parameters (24 layers, width 768), bf16, prompts of 128 tokens, greedy.
+
+{_table(header, rows)}
+
+State of one sequence, constant in its length: {"; ".join(states)}.
+
+{where}."""
+
+
+def _length(results: dict[str, Any], where: str) -> str:
+    header, rows = ["Tokens"], []
+    for name, result in results.items():
+        header += [f"{name} ({result['parameters'] / 1e6:.0f}M), ms", "eager, ms", "MiB"]
+    for tokens in next(iter(results.values()))["lengths"]:
+        row = [f"{int(tokens):,}"]
+        for result in results.values():
+            measured = result["lengths"][tokens]
+            row += [f"{measured.get('graph_ms', measured['ms']):.1f}", f"{measured['ms']:.1f}"]
+            row.append(f"{measured['peak_mib']:,.0f}")
+        rows.append(row)
+    return f"""## Length
+
+One forward pass, batch 1, bf16: Mamba, Mamba-2 and a Transformer of equal size (SDPA flash, rotary, gated MLP). The
+first number is a CUDA graph's, the GPU's own time; up to 8,192 tokens the launches of eager PyTorch take longer.
+
+![time and memory against length](language/length.png)
+
+{_table(header, rows, left=0)}
+
+{where}."""
+
+
+def _accuracy(task: str, final: dict[str, float]) -> str:
+    """Accuracies of the end: at the training length; for induction heads also at others."""
+    if task != "induction_heads":
+        return f"{100 * next(iter(final.values())):.1f} %"
+    shown = [length for length in ("256", "4096", "65536", "262144", "1048576") if length in final]
+    return ", ".join(f"{int(length):,}: {100 * final[length]:.1f} %" for length in shown)
+
+
+def _synthetic(folder: Path) -> str:
+    rows, environments = [], set()
+    for path in sorted(folder.glob("*.jsonl")):
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        run, end = entries[0]["run"], entries[-1]
+        last = next(entry for entry in reversed(entries) if "step" in entry)
+        options = run["options"] | {"N": run["ssm_cfg"].get("d_state", 16)}
+        size = f"{options['length']:,}" + (f", {options['num_pairs']} pairs" if "num_pairs" in options else "")
+        rows.append([
+            run["task"].replace("_", " "), size, run["layer"], str(options["N"]), str(run["seed"]), f"{run['lr']:g}",
+            f"{run.get('eps', 1e-8):g}", f"{end['parameters']:,}", f"{last['step']:,}", f"{last['seconds']:.0f}",
+            _accuracy(run["task"], end["length"]),
+        ])  # fmt: skip
+        environments.add(_where(end))
+    header = ["Task", "length", "Layer", "N", "seed", "lr", "eps", "parameters", "steps", "s", "accuracy"]
+    return f"""## Synthetic tasks
+
+Two layers of width 64, AdamW. Selective copying: 16 tokens among 1,024. Induction heads: trained at length 256 and
+shorter, tested at longer ones. Associative recall (MQAR). Every run is in `language/synthetic`; several shared the GPU.
+Accuracy falls where the curriculum takes the next length.
+
+![accuracies](language/synthetic/synthetic.png)
+
+{_table(header, rows, left=3)}
+
+What decides how far induction heads reach is Adam's eps. At length 256 every answer is right after some 1,500 steps,
+and the loss and its gradients go on falling, soon far below eps = 1e-8: then the steps vanish, and with them what
+is left to learn, to close the gate on ordinary tokens ever more tightly. With an eps below the gradients it goes on.
+
+{"; ".join(sorted(environments))}."""
+
+
+def _upstream(summary: dict[str, Any]) -> str:
+    outcomes = ("passed", "failed", "error", "xfailed", "skipped")
+    rows = [
+        [f"`{name}`", *(f"{counts.get(outcome, 0):,}" for outcome in outcomes)]
+        for name, counts in summary["tests"].items()
+    ]
+    rows.append(["all", *(f"{summary['totals'].get(outcome, 0):,}" for outcome in outcomes)])
+    return f"""## Upstream's own tests
+
+The tests in the source distributions of {" and ".join(summary["packages"])}, their imports pointed at this package
+(`tools/upstream_tests.py`). Skipped are combinations that the tests themselves skip (a state with tokens that are not
+channels-last), and those of functions that are private to mamba_ssm's kernels (`kernel` in the name), which have no
+counterpart here. Expected failures are the tests that want results to differ between runs: they do not.
+
+{_table(["test", *outcomes], rows)}
+
+{_where(summary["environment"])}."""
+
+
+def main(folder: Annotated[Path, typer.Option(help="The figures.")] = Path("benchmarks/language")) -> None:
+    """Write the page."""
+    parts = ["# The 1-D line on one H200"]
+    for name, write in {"ssd": _ssd, "decode": _decode, "length": _length}.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            parts.append(write(content[name], _where(content["environment"])))
+    parts.append(_synthetic(folder / "synthetic"))
+    if (folder / "upstream.json").exists():
+        parts.append(_upstream(json.loads((folder / "upstream.json").read_text(encoding="utf-8"))))
+    parts.append("""```sh
+python tools/bench_language.py ssd --output benchmarks/language      # decode, length
+tools/gpu_language.sh results train
+python tools/upstream_tests.py fetch
+python tools/upstream_tests.py run -n 12 --summary benchmarks/language/upstream.json
+python tools/language_report.py
+```""")
+    page = folder.with_suffix(".md")
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    typer.echo(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
