@@ -1,9 +1,9 @@
 """Check the project with OpenMMLab's own packages, in an environment made for it.
 
-``python tools/check_originals.py ENVIRONMENT WORK`` makes a virtual environment with mmengine 0.10.7, mmcv-lite 2.1.0,
-mmdetection 3.3.0 and mmsegmentation 1.2.2 in the place of the maintained distributions (everything else, PyTorch above
-all, is taken from the environment that runs this), and runs ``tools/check_resume.py`` and the backbones' tests in it.
-Needs a package index.
+``python tools/check_originals.py ENVIRONMENT WORK [ARGUMENT ...]`` makes a virtual environment with mmengine 0.10.7,
+mmcv-lite 2.1.0, mmdetection 3.3.0 and mmsegmentation 1.2.2 in the place of the maintained distributions (everything
+else, PyTorch above all, is taken from the environment that runs this), and runs ``tools/check_resume.py`` and the tests
+of ``tests/openmmlab`` in it, with pytest's further arguments if there are some. Needs a package index.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environment", type=Path, help="folder of the environment; made if it does not exist")
     parser.add_argument("work", type=Path, help="folder to create for scenes, logs and checkpoints")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for pytest")
     options = parser.parse_args()
     python = str(make_environment(options.environment.resolve()))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -51,7 +52,7 @@ def main() -> None:
     commands = [
         ["-c", code],
         [str(ROOT / "tools" / "check_resume.py"), str(options.work.resolve())],
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "openmmlab" / "test_backbone.py")],
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "openmmlab"), *options.arguments],
     ]
     for command in commands:
         completed = subprocess.run([python, *command], cwd=ROOT, env=environment)
