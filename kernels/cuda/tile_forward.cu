@@ -1,6 +1,9 @@
 // The forward of the scan with one state a channel. See tile_walk.cuh and kernels/README.md.
+//
+// Macro: STAGED (tile_ahead.cuh).
 #include "common.cuh"
 #include "tile_walk.cuh"
+#include "tile_ahead.cuh"
 
 // A row of the output, times silu(z) with GATE.
 __device__ __forceinline__ void store_row(const TileArgs& p, const Seat& at, int k, int token, float y[VEC]) {
@@ -29,6 +32,8 @@ __device__ __forceinline__ void advance(const TileArgs& p, Place& place) {
 }
 
 struct Forward : Walk {
+  Ahead ahead;
+  Place now, next, later;  // the warp's piece, the one whose inputs and the one whose tokens are under way
   float *handed;       // [WARPS][TILE_CHANNELS]: the state that enters each warp's piece
   float carry[VEC];    // with one warp: the state that enters its piece
   int finished;        // directions whose results are all in the tile
@@ -36,14 +41,20 @@ struct Forward : Walk {
   __device__ __forceinline__ Forward(const TileArgs& p) : Walk(p) {
     handed = dynamic_shared;
     parameters = handed + WARPS * TILE_CHANNELS;
-    common.enter(p, at, parameters + 3 * DIRECTIONS * TILE_CHANNELS);
-    bases.enter(p, at);
-    tile.enter(at, parameters + 3 * DIRECTIONS * TILE_CHANNELS + WARPS * WARP_WORDS);
+    float* warps = parameters + 3 * DIRECTIONS * TILE_CHANNELS;
+    common.enter(p, at, warps);
+    ahead.enter(p, at, warps + WARPS * WARP_WORDS);
+    tile.enter(at, warps + WARPS * (WARP_WORDS + Ahead::WORDS));
     finished = 0;
+    now.k = 0; now.i = at.warp;
+    next = now;
+    advance(p, next);
+    later = next;
+    advance(p, later);
   }
 
   // The state that enters this warp's piece, and what it hands to the next.
-  __device__ __forceinline__ void exchange(Place now, const Link total[VEC], float enters[VEC]) const {
+  __device__ __forceinline__ void exchange(const Link total[VEC], float enters[VEC]) const {
     if (now.i == 0) {
       load_columns(p.state_in, p, at, (int64)at.b * p.K + now.k, enters);
     } else if (WARPS == 1) {
@@ -64,36 +75,32 @@ struct Forward : Walk {
   }
 
   // Read the first piece's inputs and the second one's tokens.
-  __device__ __forceinline__ void start(Place now, Place& next, Place& later, Inputs<false>& inputs) {
-    int token[SLOTS];
+  __device__ __forceinline__ void start() {
     common.load_tokens(p, at, now);
     common.leave_tokens(at, 0);
     __syncwarp();
-    common.tokens(at, 0, token);
-    inputs.load(p, at, bases, now, token);
+    ahead.load(p, at, common, now, 0);
     common.load(p, at, now);
-    advance(p, later);
-    next = later;
     if (next.k < p.K) common.load_tokens(p, at, next);
-    advance(p, later);
     stage_parameters();
   }
 
-  // Read the inputs of the piece `next` after bringing those of `now` to shared memory.
-  __device__ __forceinline__ void prepare(Place next, Place later, Inputs<false>& inputs, int turn) {
+  // Take the inputs of this piece, and read those of the next.
+  __device__ __forceinline__ Inputs<false> take(int turn) {
+    const Inputs<false> inputs = ahead.take(at);
     __syncwarp();
     common.leave_projections(at);
     common.leave_tokens(at, turn ^ 1);
     __syncwarp();
-    if (next.k >= p.K) return;
-    int token[SLOTS];
-    common.tokens(at, turn ^ 1, token);
-    inputs.load(p, at, bases, next, token);
-    common.load(p, at, next);
-    if (later.k < p.K) common.load_tokens(p, at, later);
+    if (next.k < p.K) {
+      ahead.load(p, at, common, next, turn ^ 1);
+      common.load(p, at, next);
+      if (later.k < p.K) common.load_tokens(p, at, later);
+    }
+    return inputs;
   }
 
-  __device__ __forceinline__ void walk(Place now, const Inputs<false>& inputs, int turn) {
+  __device__ __forceinline__ void walk(const Inputs<false>& inputs, int turn) {
     float a[STEPS][VEC], b[STEPS][VEC], A[VEC], bias[VEC], B[SLOTS], C[SLOTS], sum[STEPS][VEC], h[VEC];
     int token[SLOTS];
     Link own[VEC], before[VEC], total[VEC];
@@ -120,7 +127,7 @@ struct Forward : Walk {
     for (int v = 0; v < VEC; v++) own[v].decay = decay_of(own[v].decay, A[v]);
     scan_warp<false>(at, own, before, total);
     if (finished < now.k) { __syncthreads(); finished++; }
-    exchange(now, total, h);
+    exchange(total, h);
 #pragma unroll
     for (int v = 0; v < VEC; v++) h[v] = before[v].decay * h[v] + before[v].h;
     if (!sets(now.k)) {
@@ -159,7 +166,19 @@ struct Forward : Walk {
     if (now.i + 1 == p.pieces && at.chunk == CHUNKS - 1) store_columns(p.last_state, p, at, (int64)at.b * p.K + now.k, h);
   }
 
+  // Take and walk a piece; whether there is another.
+  __device__ __forceinline__ bool round(int turn) {
+    const Inputs<false> inputs = take(turn);
+    walk(inputs, turn);
+    now = next;
+    next = later;
+    advance(p, later);
+    return now.k < p.K;
+  }
+
+  // A warp passes as many barriers as the others, though it has no piece of the last directions.
   __device__ __forceinline__ void finish() {
+    for (; finished < p.K - 1; finished++) __syncthreads();
     for (; MERGE && !COMPLETE && finished < p.K; finished++) __syncthreads();
     if (MERGE && !COMPLETE)
       for (int l = threadIdx.x / LANES; l < p.L; l += THREADS / LANES) {
@@ -172,21 +191,7 @@ struct Forward : Walk {
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) tile_forward(const __grid_constant__ TileArgs p) {
   Forward block(p);
-  Place now, next, later;
-  now.k = 0; now.i = block.at.warp;
-  later = now;
-  Inputs<false> even, odd;
-  block.start(now, next, later, even);
-  while (now.k < p.K) {
-    block.prepare(next, later, odd, 0);
-    block.walk(now, even, 0);
-    now = next; next = later; advance(p, later);
-    if (now.k >= p.K) break;
-    block.prepare(next, later, even, 1);
-    block.walk(now, odd, 1);
-    now = next; next = later; advance(p, later);
-  }
-  // A warp passes as many barriers as the others, though it has no piece of the last directions.
-  for (; block.finished < p.K - 1; block.finished++) __syncthreads();
+  block.start();
+  while (block.round(0) && block.round(1)) {}
   block.finish();
 }

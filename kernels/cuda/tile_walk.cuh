@@ -154,6 +154,7 @@ struct Common {
       }
   }
   __device__ __forceinline__ void tokens(const Seat& at, int turn, int to[SLOTS]) const { load_ints((const int*)words + (2 + turn) * ROW + at.chunk * SLOTS, to); }
+  __device__ __forceinline__ int token_at(int turn, int step) const { return ((const int*)words)[(2 + turn) * ROW + slot(step)]; }
   __device__ __forceinline__ int token_of(const Seat& at, int turn, int j) const { return ((const int*)words)[(2 + turn) * ROW + at.chunk * SLOTS + j]; }
   __device__ __forceinline__ void read_B(const Seat& at, float to[SLOTS]) const { load_floats<SLOTS>(words + at.chunk * SLOTS, to); }
   __device__ __forceinline__ void read_C(const Seat& at, float to[SLOTS]) const { load_floats<SLOTS>(words + ROW + at.chunk * SLOTS, to); }

@@ -26,7 +26,8 @@ static dim1 threadIdx, blockIdx, blockDim;
 
 namespace simt {
 struct Barrier { unsigned arrived = 0, generation = 0; };
-struct Thread { ucontext_t context; std::vector<char> stack; bool done; unsigned shuffles; };
+struct Copy { void* to; const void* from; };
+struct Thread { ucontext_t context; std::vector<char> stack; bool done; unsigned shuffles; std::vector<Copy> copies; };
 static std::vector<Thread> threads;
 static ucontext_t scheduler;
 static unsigned current;
@@ -57,7 +58,7 @@ static void run(unsigned blocks, unsigned block_threads, std::function<void()> f
     block_barrier = Barrier();
     for (auto& b : named_barriers) b = Barrier();
     for (auto& t : threads) {
-      t.stack.resize(1 << 17); t.done = false; t.shuffles = 0;
+      t.stack.resize(1 << 17); t.done = false; t.shuffles = 0; t.copies.clear();
       getcontext(&t.context);
       t.context.uc_stack.ss_sp = t.stack.data(); t.context.uc_stack.ss_size = t.stack.size(); t.context.uc_link = nullptr;
       makecontext(&t.context, entry, 0);
@@ -93,6 +94,14 @@ static inline void __syncthreads() { simt::wait(simt::block_barrier, (unsigned)s
 
 static inline void pair_arrive(int id) { simt::arrive(simt::named_barriers[id], 64); }
 static inline void pair_wait(int id) { simt::wait(simt::named_barriers[id], 64); }
+
+// Copies are made when they are waited for, and not a moment earlier.
+static inline void copy_16(void* to, const void* from) { simt::threads[simt::current].copies.push_back({to, from}); }
+static inline void wait_for_copies() {
+  auto& copies = simt::threads[simt::current].copies;
+  for (auto& c : copies) memcpy(c.to, c.from, 16);
+  copies.clear();
+}
 
 static inline float exp2_approx(float x) { return exp2f(x); }
 static inline float log2_approx(float x) { return log2f(x); }

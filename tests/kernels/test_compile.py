@@ -25,11 +25,12 @@ def scan_macros(states, dtype=BF16, kind="forward", which=0, vec=2, flags=FLAGS,
     return scan.macros(dtype, states, scan.fit_vector(tiling, states, vec), vec, flags, **options)
 
 
-def tile_macros(kind, tokens, dtype=BF16, vec=2, merge=True):
+def tile_macros(kind, tokens, dtype=BF16, vec=2, merge=True, copied=0):
     class Device:
         multiprocessors, shared_bytes = 1, 232448
 
-    plan = tile.plan(kind, 64, tokens, tokens, 64 if tokens < 100 else 96, 4, vec, merge, True, Device)
+    channels = 64 if tokens < 100 else 96
+    plan = tile.plan(kind, 64, tokens, tokens, channels, 4, vec, merge, True, Device, copied)
     return tile.macros(dtype, plan, FLAGS, merge=merge, complete=True, shared=True, gate=False)
 
 
@@ -56,6 +57,9 @@ def specialisations(architecture="sm_90"):
             for tokens in (49, 196, 784) if kind == "backward" else (49, 196, 784, 3136):
                 found.append((f"tile_{kind}.cu", tile_macros(kind, tokens, dtype), dtype == BF16 and tokens == 196))
             found.append((f"tile_{kind}.cu", tile_macros(kind, 49, dtype, vec=1, merge=False), False))
+        for tokens in (49, 196, 784, 3136):
+            staged = tile_macros("forward", tokens, dtype, vec=4, copied=2 * dtype.itemsize)
+            found.append(("tile_forward.cu", staged, dtype == BF16 and tokens == 3136))
         for width in (2, 3, 4):
             for sequences in (False, True):
                 macros = conv.macros(dtype, width, 2, silu=True, sequences=sequences)

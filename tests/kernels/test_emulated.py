@@ -42,6 +42,7 @@ SCANS = {
     "own_inputs": dict(path="h,v_flip", grid=(6, 8), channels=8, states=1, gate=False, own_input=True),
     "steps_apart": dict(path="w3,h", grid=(6, 5), channels=8, states=1, gate=False, merge=False, step_order=True),
     "sub_grids": dict(path="sub_200,subT_201", grid=(7, 9), channels=16, states=1, gate=False),
+    "cross_low_rank": dict(path="h,v_flip", grid=(7, 9), channels=24, states=1, rank=2, dtype=torch.bfloat16),
     "windows": dict(path="w3,h", grid=(7, 5), channels=12, states=3, merge=False),
     "step_order": dict(path="snake_h,snake_v", grid=(6, 6), channels=33, states=5, step_order=True, own_input=True),
     "low_rank": dict(path="h,v", grid=(6, 6), channels=10, states=16, rank=3, dtype=torch.bfloat16),

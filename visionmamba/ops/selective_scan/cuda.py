@@ -291,7 +291,8 @@ def _tile_plan(kind: str, call: Call, merge: bool) -> cuda_tile.TilePlan | None:
     if call.states != 1:
         return None
     sizes = (call.batch, call.num_tokens, call.num_steps, call.channels, call.directions)
-    return cuda_tile.plan(kind, *sizes, call.widest, merge, call.visits.complete, call.launcher)
+    copied = cuda_tile.copied_bytes(call) if kind == "forward" else 0
+    return cuda_tile.plan(kind, *sizes, call.widest, merge, call.visits.complete, call.launcher, copied)
 
 
 def forward(

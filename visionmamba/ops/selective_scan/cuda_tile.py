@@ -40,8 +40,8 @@ class Cut:
 
 CUTS = {
     "forward": [
-        Cut(64, 2, 7, 2, 15, 96), Cut(64, 2, 7, 4, 15, 400), Cut(16, 2, 7, 7, 14, 1600), Cut(16, 2, 7, 12, 12),
-        Cut(8, 2, 7, 12, 12),
+        Cut(64, 2, 7, 2, 15, 96), Cut(64, 2, 7, 4, 15, 400), Cut(16, 2, 7, 5, 15, 1600),
+        Cut(16, 2, 7, 12, 12), Cut(8, 2, 7, 12, 12),
     ],
     "backward": [
         Cut(64, 2, 7, 2, 8, 96), Cut(64, 2, 7, 4, 8, 400), Cut(32, 2, 7, 8, 8, 1000), Cut(16, 2, 7, 8, 8, 1600),
@@ -64,6 +64,7 @@ class TilePlan:
         shared_bytes: Dynamic shared memory.
         min_blocks: Blocks a multiprocessor that registers must suffice for.
         full: Whether every step of every piece has a token, and every lane a channel.
+        staged: Whether u and delta are copied to shared memory past the first-level cache.
     """
 
     channels: int
@@ -75,6 +76,7 @@ class TilePlan:
     shared_bytes: int
     min_blocks: int
     full: bool
+    staged: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -87,7 +89,16 @@ def _shared_words(kind: str, channels: int, vec: int, steps: int, warps: int, pi
     common = warps * 4 * (32 * vec // channels) * (-(-steps // 4) * 4) + 3 * _MAX_DIRECTIONS * channels
     if kind == "forward":
         return common + warps * channels
-    return common + 3 * (max(warps, 32 * warps // channels) + pieces) * channels
+    return common + (max(4 * warps, 3 * (32 * warps // channels)) + 3 * pieces) * channels
+
+
+def copied_bytes(call: Call) -> int:
+    """Return the bytes of a step's u and delta for a channel, or 0 where 16 bytes do not divide all their rows."""
+    for x in (call.u, call.delta):
+        places = (x.data_ptr(), *(n * x.element_size() for n in (call.channels, *x.stride()[:-1])))
+        if any(place % 16 for place in places):
+            return 0
+    return call.u.element_size() + call.delta.element_size()
 
 
 def plan(
@@ -101,6 +112,7 @@ def plan(
     merge: bool,
     complete: bool,
     launcher: Launcher,
+    copied: int = 0,
 ) -> TilePlan | None:
     """Cut a shape into blocks; None where another kernel suits it better.
 
@@ -115,6 +127,7 @@ def plan(
         merge: Whether the directions' results are summed in shared memory.
         complete: Whether every direction visits every token.
         launcher: The device.
+        copied: What :func:`copied_bytes` says of a forward's arguments.
     """
     for cut in CUTS[kind]:
         if num_steps > cut.most_steps or 1 < vec < cut.vec or directions > _MAX_DIRECTIONS:
@@ -123,16 +136,21 @@ def plan(
         tile = min(cut.channels, 32 * width)
         piece = 32 * width // tile * cut.steps
         pieces = -(-num_steps // piece)
-        warps = min(cut.warps, pieces, _MAX_WARPS)
+        most_warps = min(cut.warps, pieces, _MAX_WARPS)
         blocks = batch * -(-channels // tile)
-        words = _shared_words(kind, tile, width, cut.steps, warps, pieces) + (num_tokens * tile if merge else 0)
-        if 4 * words > launcher.shared_bytes:
+        fewer = range(most_warps, most_warps // 2, -1) if copied else ()  # faster than more that do not copy
+        for warps, staged in [*((n, copied) for n in fewer), (most_warps, 0)]:
+            words = _shared_words(kind, tile, width, cut.steps, warps, pieces) + (num_tokens * tile if merge else 0)
+            shared_bytes = 4 * words + warps * piece * tile * staged
+            if shared_bytes <= launcher.shared_bytes:
+                break
+        else:
             continue
         if 2 * blocks < launcher.multiprocessors and pieces > cut.warps:
             return None  # too few blocks for long paths
-        at_once = max(1, min(32, cut.warps_at_once // warps, _SHARED_AT_ONCE // (4 * words + 1024)))
+        at_once = max(1, min(32, cut.warps_at_once // warps, _SHARED_AT_ONCE // (shared_bytes + 1024)))
         full = complete and num_steps == num_tokens == pieces * piece and channels % tile == 0
-        return TilePlan(tile, width, cut.steps, warps, pieces, blocks, 4 * words, at_once, full)
+        return TilePlan(tile, width, cut.steps, warps, pieces, blocks, shared_bytes, at_once, full, staged > 0)
     return None
 
 
@@ -153,6 +171,7 @@ def macros(
         "FULL": int(tile.full),
         "ONE_SKIP": int(merge and complete and shared),
         "GATE": int(gate),
+        "STAGED": int(tile.staged),
     }
 
 
