@@ -86,6 +86,12 @@ def test_cu_seqlens_must_cover(mixer, bounds):
         mixer(torch.randn(1, 20, 24), cu_seqlens=torch.tensor(bounds))
 
 
+def test_mamba2_takes_no_process_group():
+    Mamba2(24, headdim=8, process_group=None, sequence_parallel=False)
+    with pytest.raises(ValueError, match=r"process_group: expected None; visionmamba\.language"):
+        Mamba2(24, headdim=8, process_group=object())
+
+
 def test_packed_sequences_need_a_batch_of_one(mixer):
     with pytest.raises(ValueError, match="batch of 1, got a batch of 2"):
         mixer(torch.randn(2, 20, 24), cu_seqlens=torch.tensor([0, 20]))

@@ -14,6 +14,8 @@ Where ``d_ssm`` is smaller than ``d_inner``, the channels left over are a gated 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -60,12 +62,17 @@ class Mamba2(nn.Module):
         chunk_size: Most steps that are computed as one matrix product; the result does not depend on it.
         use_mem_eff_path: Kept for compatibility: there is one path.
         layer_idx: The layer's place in the inference cache.
+        process_group: Kept for compatibility: None. Models are made parallel by
+            :mod:`visionmamba.language.distributed`.
+        sequence_parallel: Kept for compatibility, without effect.
         device: Where to create the parameters.
         dtype: Their dtype.
 
+    Raises:
+        ValueError: Heads or groups do not divide the channels, or there is a process group.
+
     Source:
-        Dao & Gu 2024, "Transformers are SSMs"; interface and parameter names of mamba_ssm 2.3. For tensor and context
-        parallelism see :mod:`visionmamba.language.distributed`.
+        Dao & Gu 2024, "Transformers are SSMs"; interface and parameter names of mamba_ssm 2.3.
     """
 
     def __init__(
@@ -91,37 +98,47 @@ class Mamba2(nn.Module):
         chunk_size: int = 256,
         use_mem_eff_path: bool = True,
         layer_idx: int | None = None,
+        process_group=None,
+        sequence_parallel: bool = True,
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
         super().__init__()
+        if process_group is not None:
+            raise ValueError(
+                "process_group: expected None; visionmamba.language.distributed.tensor_parallel makes a model parallel"
+            )
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
-        self.headdim, self.ngroups = headdim, ngroups
-        if self.d_ssm % headdim:
-            raise ValueError(f"headdim: expected a divisor of the {self.d_ssm} SSM channels, got {headdim}")
-        self.nheads = self.d_ssm // headdim
-        if self.nheads % ngroups:
-            raise ValueError(f"ngroups: expected a divisor of the {self.nheads} heads, got {ngroups}")
+        self.headdim, self.ngroups, self.nheads = headdim, ngroups, self._number_of_heads(headdim, ngroups)
         self.D_has_hdim, self.rmsnorm, self.norm_before_gate = D_has_hdim, rmsnorm, norm_before_gate
         self.dt_limit, self.chunk_size, self.layer_idx = tuple(dt_limit), chunk_size, layer_idx
-
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner + 2 * ngroups * d_state + self.nheads, bias=bias, **dd)
-        conv_dim = self.d_ssm + 2 * ngroups * d_state
-        self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim, padding=d_conv - 1, bias=conv_bias, **dd)
-        self.dt_bias = nn.Parameter(torch.empty(self.nheads, **dd))
-        self.A_log = nn.Parameter(torch.empty(self.nheads, **dd))
-        self.D = nn.Parameter(torch.empty(self.d_ssm if D_has_hdim else self.nheads, device=device))
-        self.dt_bias._no_weight_decay = self.A_log._no_weight_decay = self.D._no_weight_decay = True
-        if rmsnorm:
-            self.norm = RMSNormGated(
-                self.d_ssm, eps=1e-5, norm_before_gate=norm_before_gate, group_size=self.d_ssm // ngroups, **dd
-            )
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **dd)
+        self._create_parameters(bias, conv_bias, {"device": device, "dtype": dtype})
         if not self.A_log.is_meta:
             self._reset_ssm(conv_init, A_init_range, (dt_min, dt_max, dt_init_floor))
+
+    def _number_of_heads(self, headdim: int, ngroups: int) -> int:
+        heads = self.d_ssm // headdim
+        if self.d_ssm % headdim:
+            raise ValueError(f"headdim: expected a divisor of the {self.d_ssm} SSM channels, got {headdim}")
+        if heads % ngroups:
+            raise ValueError(f"ngroups: expected a divisor of the {heads} heads, got {ngroups}")
+        return heads
+
+    def _create_parameters(self, bias: bool, conv_bias: bool, dd: dict[str, Any]) -> None:
+        states, taps = 2 * self.ngroups * self.d_state, self.d_conv
+        self.in_proj = nn.Linear(self.d_model, 2 * self.d_inner + states + self.nheads, bias=bias, **dd)
+        width = self.d_ssm + states
+        self.conv1d = nn.Conv1d(width, width, taps, groups=width, padding=taps - 1, bias=conv_bias, **dd)
+        self.dt_bias = nn.Parameter(torch.empty(self.nheads, **dd))
+        self.A_log = nn.Parameter(torch.empty(self.nheads, **dd))
+        self.D = nn.Parameter(torch.empty(self.d_ssm if self.D_has_hdim else self.nheads, device=dd["device"]))
+        self.dt_bias._no_weight_decay = self.A_log._no_weight_decay = self.D._no_weight_decay = True
+        if self.rmsnorm:
+            group = self.d_ssm // self.ngroups
+            self.norm = RMSNormGated(self.d_ssm, 1e-5, group, self.norm_before_gate, **dd)
+        self.out_proj = nn.Linear(self.d_inner, self.d_model, bias=bias, **dd)
 
     @torch.no_grad()
     def _reset_ssm(self, conv_init: float | None, A_range: tuple[float, float], dt: tuple[float, float, float]) -> None:
