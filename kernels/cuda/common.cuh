@@ -281,6 +281,23 @@ __device__ __forceinline__ float sigmoid(float z) {
 
 __device__ __forceinline__ float silu(float z) { return z * sigmoid(z); }
 
+// Gradients of parameters are long sums whose terms, and the images' parts, may cancel. With float32 activations what
+// rounding takes from dA is kept beside it, and the second stage adds that in a row of its own.
+constexpr int PARAMETER_ROWS = ACT == 0 ? 2 : 1;
+
+// Adds to a sum, and to what rounding has taken from it.
+__device__ __forceinline__ void add_exactly(float& sum, float& lost, float term) {
+  const float total = sum + term, part = total - sum;
+  lost += (sum - (total - part)) + (term - part);
+  sum = total;
+}
+
+// sum += a b; exactly, but for the product, with float32 activations.
+__device__ __forceinline__ void accumulate(float& sum, float& lost, float a, float b) {
+  if constexpr (PARAMETER_ROWS > 1) add_exactly(sum, lost, a * b);
+  else sum += a * b;
+}
+
 // Sum M values each over `lanes` lanes (powers of two) whose numbers differ by multiples of `stride`, by halving: each
 // exchange sends the half that the partner keeps, so M values cost about M shuffles, not M log(lanes).
 // A lane ends with max(1, M / LANES) values summed; the first of them, kept_by(lane), is returned.

@@ -89,21 +89,24 @@ struct RowsArgs {
   int64 rows, width, first_end, second_end;
 };
 
-// Column sums; the rows' partial sums of a column are added in a fixed order.
+// Column sums, in a fixed order. The parts of a column may cancel, so that the sum is kept to twice float32's digits.
 extern "C" __global__ void __launch_bounds__(256) reduce_rows(const __grid_constant__ RowsArgs p) {
-  __shared__ float sums[8][32];
+  __shared__ float sums[8][32], losses[8][32];
   const int lane = threadIdx.x & 31, part = threadIdx.x >> 5;
   const int64 column = (int64)blockIdx.x * 32 + lane;
-  float sum = 0.f;
+  float sum = 0.f, lost = 0.f;
   if (column < p.width)
 #pragma unroll 4
-    for (int64 row = part; row < p.rows; row += 8) sum += p.partial[row * p.width + column];
+    for (int64 row = part; row < p.rows; row += 8) add_exactly(sum, lost, p.partial[row * p.width + column]);
   sums[part][lane] = sum;
+  losses[part][lane] = lost;
   __syncthreads();
   if (part == 0 && column < p.width) {
     float total = 0.f;
+    lost = 0.f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) total += sums[i][lane];
+    for (int i = 0; i < 8; i++) add_exactly(total, lost, sums[i][lane]), lost += losses[i][lane];
+    total += lost;
     float* out = column < p.first_end ? p.first + column : column < p.second_end ? p.second + column - p.first_end : p.third + column - p.second_end;
     *out = total;
   }

@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
   }
 
   // Backward walk, a group at a time; `carried` is a_{t+1} g_{t+1}, the adjoint that enters a step from the next one.
-  float carried[CPT][SPT], dA[CPT][SPT], dskip[VEC], dbias[VEC];
+  float carried[CPT][SPT], dA[CPT][SPT], dA_lost[CPT][SPT], dskip[VEC], dbias[VEC];
   load_state(p, at, p.adjoint_in, at.bkc, carried);
   auto restore_group = [&] {
     checkpoints -= CHECKPOINTS * SAVED;
@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
 #pragma unroll
   for (int i = 0; i < CPT; i++)
 #pragma unroll
-    for (int j = 0; j < SPT; j++) dA[i][j] = 0.f;
+    for (int j = 0; j < SPT; j++) dA[i][j] = dA_lost[i][j] = 0.f;
 #pragma unroll
   for (int v = 0; v < VEC; v++) dskip[v] = dbias[v] = 0.f;
 
@@ -244,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
             carried[i][j] = g * a[t][i][j];
             const float r = carried[i][j] * visited[t][i][j];         // dL/d(Delta A)
             through[CPT + i] += r * a2[i][j];
-            dA[i][j] += r * x[i];
+            accumulate(dA[i][j], dA_lost[i][j], r, x[i]);
           }
         }
 #if GATE
@@ -330,8 +330,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
 
   if (at.chunk == 0 && p.dstate != nullptr) store_state(p, at, p.dstate, (int64)at.b * p.K + at.k, carried);
   const int64 KD = (int64)p.K * p.D_;
-  float* dparams = p.dparams + ((int64)at.b * p.chunks + at.chunk) * KD * (D_STATE + 2);
+  float* dparams = p.dparams + ((int64)at.b * p.chunks + at.chunk) * PARAMETER_ROWS * KD * (D_STATE + 2);
   store_state(p, at, dparams, at.k, dA);
+  if (PARAMETER_ROWS > 1) store_state(p, at, dparams + KD * (D_STATE + 2), at.k, dA_lost);
 #pragma unroll
   for (int v = 0; v < VEC; v++) {
 #pragma unroll
@@ -342,6 +343,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
     if (ok && at.lane < ROW_LANES) {
       dparams[KD * D_STATE + (int64)at.k * p.D_ + channel + v] = dskip[v];
       dparams[KD * (D_STATE + 1) + (int64)at.k * p.D_ + channel + v] = dbias[v];
+      if (PARAMETER_ROWS > 1) dparams[KD * (2 * D_STATE + 2) + (int64)at.k * p.D_ + channel + v] = dparams[KD * (2 * D_STATE + 3) + (int64)at.k * p.D_ + channel + v] = 0.f;
     }
   }
 }

@@ -41,7 +41,7 @@ struct ScanArgs {
   void* du;                       // act_t, or float with PARTIAL
   delta_t* ddelta;                // (B, L, K, D)
   float* dBC;                     // (B, K, tiles, L, 2 N): dB and dC summed over a block's channels
-  float* dparams;                 // (B chunks, K D (N + 2)): dA, dD, dbias of a chunk
+  float* dparams;                 // (B chunks, 1 or 2, K D (N + 2)): dA, dD, dbias of a chunk, and what rounding took from them
   float* dstate;                  // (B, K, D, N) gradient of the initial state, or null
   float* checkpoints;             // scratch
   int64 u_b, delta_b, B_b, C_b, z_b, dy_b, y_b, du_b;  // strides: _b and _k in elements, _l in bytes

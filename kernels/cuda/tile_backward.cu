@@ -23,14 +23,15 @@ struct Visit {
 };
 
 constexpr int PARTS = THREADS > TILE_CHANNELS ? THREADS / TILE_CHANNELS : 1;
-constexpr int SCRATCH = 3 * (WARPS > PARTS ? WARPS : PARTS) * TILE_CHANNELS;
+constexpr int SUMS = 2 + PARAMETER_ROWS;        // dA, dD, dbias and what rounding took from dA
+constexpr int SCRATCH = (SUMS * WARPS > 3 * PARTS ? SUMS * WARPS : 3 * PARTS) * TILE_CHANNELS;
 
 struct Segment { float decay, h, g; };
 
 struct Backward : Walk {
-  float* scratch;     // [SCRATCH]: dA, dD and dbias of each warp; parts of segments
+  float* scratch;     // [SCRATCH]: the parameters' gradients of each warp; parts of segments
   float* segments;    // [3][pieces][TILE_CHANNELS]: what pieces do (decay, state, adjoint); once combined, what enters them
-  float dA[VEC], dskip[VEC], dbias[VEC];
+  float dA[VEC], dA_lost[VEC], dskip[VEC], dbias[VEC];
 
   __device__ __forceinline__ Backward(const TileArgs& p) : Walk(p) {
     parameters = dynamic_shared;
@@ -45,7 +46,7 @@ struct Backward : Walk {
   __device__ __forceinline__ bool skips(int k) const { return !ONE_SKIP || k == 0; }
   __device__ __forceinline__ void clear_sums() {
 #pragma unroll
-    for (int v = 0; v < VEC; v++) dA[v] = dskip[v] = dbias[v] = 0.f;
+    for (int v = 0; v < VEC; v++) dA[v] = dA_lost[v] = dskip[v] = dbias[v] = 0.f;
   }
 
   // Bring the last piece's B and C and the next one's tokens to shared memory, and read the next one's inputs.
@@ -253,7 +254,7 @@ struct Backward : Walk {
         state[v] = h[j][v];
         sum[j][v] += through * x[j][v];
         ddelta[v] = (r * (A[v] * DECAY_UNSCALE) + through * f[v]) * slope[j][v];
-        dA[v] += r * x[j][v];
+        accumulate(dA[v], dA_lost[v], r, x[j][v]);
         dbias[v] += ddelta[v];
       }
       if (FULL || (token[j] >= 0 && at.ok))
@@ -300,7 +301,12 @@ struct Backward : Walk {
     for (int v = 0; v < VEC; v++) {
 #pragma unroll
       for (int hop = LANES; hop < 32; hop *= 2) {
-        dA[v] += __shfl_xor_sync(FULL_WARP, dA[v], hop);
+        if constexpr (PARAMETER_ROWS > 1) {
+          dA_lost[v] += __shfl_xor_sync(FULL_WARP, dA_lost[v], hop);
+          add_exactly(dA[v], dA_lost[v], __shfl_xor_sync(FULL_WARP, dA[v], hop));
+        } else {
+          dA[v] += __shfl_xor_sync(FULL_WARP, dA[v], hop);
+        }
         dskip[v] += __shfl_xor_sync(FULL_WARP, dskip[v], hop);
         dbias[v] += __shfl_xor_sync(FULL_WARP, dbias[v], hop);
       }
@@ -308,6 +314,7 @@ struct Backward : Walk {
         sums_of(0, at.warp)[at.column + v] = dA[v];
         sums_of(1, at.warp)[at.column + v] = dskip[v];
         sums_of(2, at.warp)[at.column + v] = dbias[v];
+        if constexpr (PARAMETER_ROWS > 1) sums_of(3, at.warp)[at.column + v] = dA_lost[v];
       }
     }
     clear_sums();
@@ -316,11 +323,18 @@ struct Backward : Walk {
     for (int i = threadIdx.x; i < 3 * TILE_CHANNELS; i += THREADS) {
       const int which = i / TILE_CHANNELS, column = i % TILE_CHANNELS, channel = at.tile * TILE_CHANNELS + column;
       if (channel >= p.channels || (which == 1 && !skips(k))) continue;
-      float total = 0.f;
-      for (int w = 0; w < WARPS; w++) total += sums_of(which, w)[column];
+      const int row = 3 * p.K * p.channels;
+      float total = 0.f, lost = 0.f;
+      for (int w = 0; w < WARPS; w++) {
+        if constexpr (PARAMETER_ROWS > 1) add_exactly(total, lost, sums_of(which, w)[column]), lost += which == 0 ? sums_of(3, w)[column] : 0.f;
+        else total += sums_of(which, w)[column];
+      }
       if (which == 0) total *= DECAY_UNSCALE;
-      float* to = p.dparams + (int64)at.b * 3 * p.K * p.channels + which * p.K * p.channels + channel;
-      for (int same = k; same < (which == 1 && ONE_SKIP ? p.K : k + 1); same++) to[same * p.channels] = total;
+      float* to = p.dparams + (int64)at.b * PARAMETER_ROWS * row + which * p.K * p.channels + channel;
+      for (int same = k; same < (which == 1 && ONE_SKIP ? p.K : k + 1); same++) {
+        to[same * p.channels] = total;
+        if constexpr (PARAMETER_ROWS > 1) to[row + same * p.channels] = lost;
+      }
     }
   }
 

@@ -322,7 +322,8 @@ def _backward(scan: _Scan, dy: Tensor, dlast: Tensor | None, initial: Tensor | N
     zero = not scan.rows_read
     ddelta = scan.empty(*scan.delta.shape, dtype=scan.delta.dtype, zero=zero)
     dBC = scan.empty(scan.batch, scan.directions, scan.tiles, scan.num_tokens, 2 * scan.states, zero=zero)
-    dparams = scan.empty(scan.batch * scan.chunks, scan.directions * scan.channels * (scan.states + 2))
+    parts = scan.batch * scan.chunks * scan.parameter_rows
+    dparams = scan.empty(parts, scan.directions * scan.channels * (scan.states + 2))
     dstate = None if initial is None else torch.empty_like(initial)
     groups = scan.chunking[1] // scan.tiling.tile_steps
     held = scan.tiling.cpt * scan.tiling.spt * scan.tiling.checkpoints

@@ -180,6 +180,11 @@ class Call:
         """Whether every row of ``delta``, ``B`` and ``C`` is read by some step, so that its gradient is written."""
         return self.num_steps == self.num_tokens and self.visits.complete
 
+    @property
+    def parameter_rows(self) -> int:
+        """Rows of the parameters' gradients for a chunk: float32 ones come with what rounding took from them."""
+        return 2 if self.u.dtype == torch.float32 else 1
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
         allocate = torch.zeros if zero else torch.empty
         return allocate(shape, dtype=dtype, device=self.u.device)
@@ -212,7 +217,7 @@ class Call:
         return dB, dC
 
     def parameters(self, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum the chunks' (B chunks, K D (N + 2)) to dA, dD and dbias."""
+        """Sum the chunks' (B chunks parameter_rows, K D (N + 2)) to dA, dD and dbias."""
         shape = (self.directions, self.channels)
         split = self.directions * self.channels
         dA, dD, dbias = sum_rows(self.launcher, partial, self.u.dtype, (split * self.states, split, split))

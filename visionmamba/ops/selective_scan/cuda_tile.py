@@ -214,7 +214,7 @@ def backward(call: Call, tile: TilePlan, dy: Tensor, dlast: Tensor | None, initi
     ddelta = call.empty(*shape, dtype=call.delta.dtype, zero=not call.rows_read)
     tiles = -(-call.channels // tile.channels)
     dBC = call.empty(call.batch, call.directions, tiles, call.num_tokens, 2, zero=not call.rows_read)
-    dparams = call.empty(call.batch, 3 * call.directions * call.channels)
+    dparams = call.empty(call.batch * call.parameter_rows, 3 * call.directions * call.channels)
     dstate = None if initial is None else torch.empty_like(initial)
     tensors = (initial, dlast, None, None, du, ddelta, dBC, dparams, dstate)
     _run(call, tile, "tile_backward", merge, False, (None, dy), tensors)
