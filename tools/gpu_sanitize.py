@@ -8,6 +8,8 @@ import unittest.mock
 import torch
 
 from visionmamba.ops import backend, causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from visionmamba.ops.channel_norm import channel_norm
+from visionmamba.ops.gelu_linear import gelu_linear
 from visionmamba.ops.scan_path import scan_path
 
 
@@ -49,6 +51,16 @@ def decode(dtype: torch.dtype) -> None:
         causal_conv1d_update(x, state, torch.randn(40, 4, device="cuda"), None, "silu")
 
 
+def layers(dtype: torch.dtype) -> None:
+    """Run the kernels of the layers around the scan: norms with and without an addition, GELU."""
+    for channels in (96, 40, 33):
+        weight, bias = random(channels), random(channels)
+        for added in (None, random(2, 37, channels, dtype=dtype)):
+            out, total = channel_norm(random(2, 37, channels), weight, bias, added=added)
+            (out.float().sum() + total.sum()).backward()
+        gelu_linear(random(2, 37, channels, dtype=dtype), random(48, channels, dtype=dtype)).float().sum().backward()
+
+
 def main() -> None:
     with backend("cuda"):
         for dtype in (torch.float32, torch.bfloat16):
@@ -63,6 +75,9 @@ def main() -> None:
             x = random(2, 37, 24, dtype=dtype)
             causal_conv1d(x, random(2, 24, 4), path="h,h_flip")[0].float().sum().backward()
             decode(dtype)
+            layers(dtype)
+            for rank in (12, 48):
+                scan("h,v", (9, 9), 1, dtype, rank=rank)
     torch.cuda.synchronize()
     print("ran every kernel")
 
