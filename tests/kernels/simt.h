@@ -112,3 +112,23 @@ static inline uint16_t round_bf16(float x) { uint32_t b = float_to_bits(x); retu
 static inline uint32_t pack_bf16(float low, float high) { return round_bf16(low) | ((uint32_t)round_bf16(high) << 16); }
 static inline float half_to_float(uint16_t x) { _Float16 h; memcpy(&h, &x, 2); return (float)h; }
 static inline uint16_t float_to_half(float x) { _Float16 h = (_Float16)x; uint16_t y; memcpy(&y, &h, 2); return y; }
+// c (16 x 8) += a (16 x 16) b (16 x 8) over a warp, laid out as the tensor cores' instruction does.
+static inline void emulated_mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
+  const unsigned lane = simt::current & 31, g = lane / 4, q = lane % 4;
+  auto value = [](uint32_t x, int i) { return bits_to_float(i ? x & 0xffff0000u : x << 16); };
+  for (unsigned pair = 0; pair < 8; pair++) {
+    const unsigned half = pair / 4, from = pair % 4;
+    uint32_t rows[2], columns[2];
+    for (int i = 0; i < 2; i++) rows[i] = simt::shuffle(a[half * 2 + i], g * 4 + from);
+    for (int i = 0; i < 2; i++) columns[i] = simt::shuffle(b[half], (2 * q + i) * 4 + from);
+    for (int i = 0; i < 4; i++)
+      for (int k = 0; k < 2; k++) c[i] += value(rows[i / 2], k) * value(columns[i % 2], k);
+  }
+}
+
+// An 8 x 8 matrix of 16-bit values over a warp, a row in four lanes, transposed.
+static inline uint32_t emulated_transpose(uint32_t x) {
+  const unsigned lane = simt::current & 31, g = lane / 4, q = lane % 4;
+  const uint32_t first = simt::shuffle(x, 2 * q * 4 + g / 2), second = simt::shuffle(x, (2 * q + 1) * 4 + g / 2);
+  return (first >> 16 * (g % 2) & 0xffff) | (second >> 16 * (g % 2)) << 16;
+}

@@ -98,7 +98,10 @@ def test_activation_compiles_without_spills(architecture):
     assert "0 bytes spill stores, 0 bytes spill loads" in log
 
 
-LOW_RANK = {"stage1": (2, 49, 4, 6, 96), "odd": (3, 50, 1, 3, 7), "wide": (2, 30, 2, 48, 130), "one": (2, 9, 4, 1, 33)}
+LOW_RANK = {
+    "stage1": (2, 49, 4, 6, 96), "odd": (3, 50, 1, 3, 7), "wide": (2, 30, 2, 48, 130), "one": (2, 9, 4, 1, 33),
+    "tiles": (1, 33, 1, 24, 772), "odd_rank": (1, 70, 2, 11, 36),
+}  # fmt: skip
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -129,5 +132,6 @@ def test_low_rank_step_sizes(name, dtype, monkeypatch):
     "sizes", [(384, 24), *[pytest.param(s, marks=pytest.mark.slow) for s in [(768, 48), (1024, 64)]]]
 )
 def test_step_sizes_compile_without_spills(sizes, architecture):
-    log = cuda_runtime.compile_log("dt_projection.cu", steps.macros(BF16, *sizes), architecture)
-    assert log.count("0 bytes spill stores, 0 bytes spill loads") == 2
+    for cut in (steps.cut(F32, *sizes), steps.cut(BF16, *sizes)):
+        log = cuda_runtime.compile_log(cut.file, cut.macros, architecture)
+        assert log.count("0 bytes spill stores, 0 bytes spill loads") == 2

@@ -1,10 +1,13 @@
-"""The step sizes' low-rank projection and its gradients on NVIDIA GPUs: ``kernels/cuda/dt_projection.cu``.
+"""The step sizes' low-rank projection and its gradients on NVIDIA GPUs: ``kernels/cuda/dt_*.cu``.
 
 Everything is float32 but the low-rank values and their gradient, so a step size is as accurate with 16-bit activations
-as without. The products are too narrow for a matrix product's kernels; they take as long as moving the step sizes.
+as without. The products are too narrow for a matrix product's kernels; they take as long as moving the step sizes:
+16-bit activations on the tensor cores, others (and odd numbers of channels) without them.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,14 +16,36 @@ from .. import cuda_runtime
 from ..cuda_runtime import Arguments, pointer
 from .cuda_call import ACT
 
-__all__ = ["MAX_RANK", "expand_delta", "expand_delta_backward", "macros"]
+__all__ = ["MAX_RANK", "Cut", "cut", "expand_delta", "expand_delta_backward"]
 
 MAX_RANK = 64
 """Of what the kernels take; PyTorch does the rest."""
-_FILE = "dt_projection.cu"
-_THREADS = 256
 _LEAST_ROWS = 64  # of a block: its weights want to be used
-_BLOCKS_WANTED = 4  # a multiprocessor
+
+_FRAGMENT = 32 * 2 * 3  # registers of a weight's three parts, 16 channels by 8 values
+_PRODUCTS_CUTS = [(25, 2, 6, 2), (17, 4, 6, 2), (9, 2, 12, 4), (0, 2, 6, 8)]
+"""From which rank on, and then: 16s of channels a warp, warps of a block, blocks a multiprocessor; as measured."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a kernel is cut.
+
+    Args:
+        file: Kernel file.
+        macros: Its specialisation.
+        channels: Channels of a block.
+        threads: Threads of a block.
+        shared_bytes: Dynamic shared memory of the backward.
+        blocks: Blocks a multiprocessor that are wanted.
+    """
+
+    file: str
+    macros: dict[str, int]
+    channels: int
+    threads: int
+    shared_bytes: int
+    blocks: int
 
 
 def _vector(channels: int, rank: int) -> int:
@@ -29,9 +54,33 @@ def _vector(channels: int, rank: int) -> int:
     return next(width for width in (4, 2, 1) if width <= widest and channels % width == 0)
 
 
-def macros(dtype: torch.dtype, channels: int, rank: int) -> dict[str, int]:
-    """Return the macros of a specialisation of the kernel file."""
-    return {"ACT": ACT[dtype], "RANK": rank, "VEC": _vector(channels, rank)}
+def _plain_cut(dtype: torch.dtype, channels: int, rank: int) -> Cut:
+    vec = _vector(channels, rank)
+    return Cut("dt_projection.cu", {"ACT": ACT[dtype], "RANK": rank, "VEC": vec}, 32 * vec, 256, 0, 4)
+
+
+def _products_cut(dtype: torch.dtype, channels: int, rank: int, pairs: bool) -> Cut:
+    """Cut for the tensor cores: a warp's channels are what registers hold of the weight's gradient."""
+    tiles, most_warps, blocks = next(cut for least, *cut in _PRODUCTS_CUTS if rank >= least)
+    warps = min(most_warps, -(-channels // (16 * tiles)))
+    macros = {"ACT": ACT[dtype], "RANK": rank, "TILES": tiles, "WARPS": warps, "X_PAIRS": int(pairs)}
+    values = 8 * -(-rank // 8)
+    shared = 4 * warps * (tiles * values // 8 * _FRAGMENT + 2 * 16 * values)
+    return Cut("dt_products.cu", macros, 16 * tiles * warps, 32 * warps, shared, blocks)
+
+
+def cut(dtype: torch.dtype, channels: int, rank: int, pairs: bool = True) -> Cut:
+    """Choose the kernel for a projection.
+
+    Args:
+        dtype: Of the low-rank values.
+        channels: D.
+        rank: R.
+        pairs: Whether two neighbouring low-rank values can be read at a time.
+    """
+    if dtype == torch.float32 or channels % 4:
+        return _plain_cut(dtype, channels, rank)
+    return _products_cut(dtype, channels, rank, pairs)
 
 
 class _Projection:
@@ -43,11 +92,13 @@ class _Projection:
         self.weight = weight.float().contiguous()
         self.directions, self.channels, self.rank = weight.shape
         self.rows = delta.shape[0] * delta.shape[1]
-        self.macros = macros(delta.dtype, self.channels, self.rank)
-        self.tiles = -(-self.channels // (32 * self.macros["VEC"]))
+        even = all(n % 2 == 0 for n in (self.rank, *self.x.stride()[1:3]))
+        pairs = even and self.x.data_ptr() % (2 * self.x.element_size()) == 0
+        self.cut = cut(delta.dtype, self.channels, self.rank, pairs)
+        self.tiles = -(-self.channels // self.cut.channels)
         self.launcher = cuda_runtime.launcher(delta.device)
-        wanted = max(1, _BLOCKS_WANTED * self.launcher.multiprocessors // (self.directions * self.tiles))
-        self.chunk = max(_LEAST_ROWS, -(-self.rows // wanted))
+        wanted = max(1, self.cut.blocks * self.launcher.multiprocessors // (self.directions * self.tiles))
+        self.chunk = -(-max(_LEAST_ROWS, -(-self.rows // wanted)) // 16) * 16
         self.chunks = -(-self.rows // self.chunk)
 
     def empty(self, *shape: int) -> Tensor:
@@ -57,8 +108,9 @@ class _Projection:
         tensors = map(pointer, (self.x, self.weight, delta, dx, dweight))
         wide = (*tensors, self.rows, self.x.stride(1), self.x.stride(2))
         narrow = (self.directions, self.channels, self.tiles, self.chunk)
-        blocks = self.chunks * self.directions * self.tiles
-        self.launcher.run(_FILE, name, self.macros, blocks, _THREADS, Arguments(wide, narrow))
+        blocks, shared_bytes = self.chunks * self.directions * self.tiles, 0 if dx is None else self.cut.shared_bytes
+        arguments = Arguments(wide, narrow)
+        self.launcher.run(self.cut.file, name, self.cut.macros, blocks, self.cut.threads, arguments, shared_bytes)
 
 
 def expand_delta(delta: Tensor, weight: Tensor | None) -> Tensor:
