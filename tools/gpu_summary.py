@@ -98,10 +98,8 @@ def main() -> None:
     for what, pattern in SHOWN.items():
         print(f"  {what:56s} {counted({name: x for name, x in tests.items() if re.search(pattern, name)})}")
     print(f"first call, and from the cache in a new process: {line(folder, 'loader', r'first call .*s')}")
-    print(f"memcheck: {line(folder, 'memcheck', r'ERROR SUMMARY: .*')}; {line(folder, 'memcheck', 'ran every kernel')}")
-    print(
-        f"racecheck: {line(folder, 'racecheck', r'RACECHECK SUMMARY: .*')}; {line(folder, 'racecheck', 'ran every kernel')}"
-    )
+    for tool, verdict in (("memcheck", r"ERROR SUMMARY: .*"), ("racecheck", r"RACECHECK SUMMARY: .*")):
+        print(f"{tool}: {line(folder, tool, verdict)}; {line(folder, tool, 'ran every kernel')}")
     print("medians, bf16:", *times(folder), sep="\n")
     print("300 training steps:")
     curves = folder / "curves.txt"
