@@ -13,7 +13,7 @@ struct UpdateArgs {
   const float *A, *D, *bias;      // (H, P, N), (H, P), (H, P); D and bias may be null
   const int* slots;               // (B,): -1 for padding; or null
   act_t* out;                     // (B, H, P), contiguous
-  int64 rows;                     // B H P
+  int64 rows;                     // B H P, below 2^31: dividing 64-bit numbers would take the longest
   int64 state_b, state_h, state_p, x_b, x_h, x_p, dt_b, dt_h, dt_p, z_b, z_h, z_p, B_b, B_g, C_b, C_g;  // in elements
   int64 A_h, A_p, A_n, D_h, D_p, bias_h, bias_p;
   int H, P, N, heads_per_group;
@@ -26,9 +26,9 @@ extern "C" __global__ void __launch_bounds__(128) state_update(const __grid_cons
   const int64 row = ((int64)blockIdx.x * 128 + threadIdx.x) / ROW_LANES;
   const int lane = threadIdx.x % ROW_LANES;
   const bool exists = row < p.rows;
-  const int64 entry = exists ? row / p.P : 0;
-  const int channel = exists ? (int)(row % p.P) : 0, h = (int)(entry % p.H), g = h / p.heads_per_group;
-  const int64 b = entry / p.H;
+  const unsigned index = exists ? (unsigned)row : 0, entry = index / (unsigned)p.P;
+  const int channel = index % (unsigned)p.P, h = entry % (unsigned)p.H, g = (unsigned)h / (unsigned)p.heads_per_group;
+  const int64 b = entry / (unsigned)p.H;
   const int slot = p.slots != nullptr ? p.slots[b] : 0;
   const int64 place = p.slots != nullptr ? max(slot, 0) : b;
   state_t* state = p.state + place * p.state_b + h * p.state_h + channel * p.state_p;

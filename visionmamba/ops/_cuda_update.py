@@ -81,7 +81,7 @@ def state_update_supports(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, sta
         return "takes dt, B, C and z of the dtype of x"
     if state.stride(-1) != 1 and state.shape[-1] != 1:
         return "takes states whose last dimension is contiguous"
-    return None
+    return "takes fewer than 2^31 channels" if x.numel() >= 2**31 else None
 
 
 def conv_update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices):
