@@ -45,8 +45,6 @@ class TrainingRun:
         lr: Peak learning rate.
         warmup: Share of the steps in which it rises.
         weight_decay: Of AdamW; not applied to state matrices, step sizes, norms and biases.
-        label_smoothing: Share of the target spread over all tokens. It keeps the loss from vanishing once every answer
-            is right: what other tokens leave in the state still costs, so a model goes on learning to ignore them.
         eps: Of AdamW. Once every answer is right gradients are far below the usual 1e-8, which then ends learning; a
             smaller one keeps the steps at the learning rate's size.
         seed: Of the weights and the data.
@@ -68,7 +66,6 @@ class TrainingRun:
     lr: float = 1e-3
     warmup: float = 0.05
     weight_decay: float = 0.1
-    label_smoothing: float = 0.0
     eps: float = 1e-8
     seed: int = 0
     stop_at: float = 1.1
@@ -183,8 +180,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, getattr(torch, self.run.dtype), enabled=self.run.dtype != "float32"):
             logits = _asked_logits(self.model, inputs, places)
-        logits, smoothing = logits.flatten(0, 1).float(), self.run.label_smoothing
-        loss = F.cross_entropy(logits, answers.flatten(), label_smoothing=smoothing)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
