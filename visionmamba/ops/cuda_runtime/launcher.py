@@ -134,7 +134,7 @@ class Launcher:
         _check(status, f"loading {file}")
         status, kernel = driver.cuLibraryGetKernel(library, name.encode())
         _check(status, f"finding {name} in {file}")
-        if shared_bytes > 48 * 1024:
+        if shared_bytes:  # beyond 48 KiB together with the static shared memory, this must be asked for
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             status, device = driver.cuDeviceGet(self.device.index)
             (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, device)
