@@ -55,8 +55,8 @@ def create_classifier(
         The model, in evaluation mode.
 
     Raises:
-        visionmamba.models.WeightsUnavailableError: There are no published weights, or they cannot be fetched.
-        visionmamba.models.CheckpointError: The checkpoint cannot be read or does not fit.
+        visionmamba.models._builder.WeightsUnavailableError: There are no published weights, or they cannot be fetched.
+        visionmamba.models._checkpoint.CheckpointError: The checkpoint cannot be read or does not fit.
     """
     overlay: dict[str, Any] = {}
     arguments: dict[str, Any] = {}

@@ -103,8 +103,8 @@ def check_writable(path: Path, what: str = "--out") -> Path:
     Raises:
         CommandError: The file or its folder cannot be written.
     """
-    if path.is_dir():
-        raise CommandError(f"{what}: {path} is a folder, expected a file")
+    if path.exists() and not path.is_file():
+        raise CommandError(f"{what}: {path} is a {'folder' if path.is_dir() else 'device'}, expected a file")
     check_folder(path.parent, what)
     if path.exists() and not os.access(path, os.W_OK):
         raise CommandError(f"{what}: no permission to write {path}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._arguments import parse_size
-from ._common import CommandError, JsonOption, check_model_name, check_writable, console, one_line, print_json
+from ._common import CommandError, JsonOption, check_model_name, check_writable, console, one_line, print_json, progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,12 +31,31 @@ def _model(name: str, checkpoint: Path | None, num_classes: int | None, random_w
     import timm
 
     from visionmamba.inference import create_classifier
+    from visionmamba.models._builder import WeightsUnavailableError
 
     try:
         if random_weights:
             return timm.create_model(name, **({} if num_classes is None else {"num_classes": num_classes})).eval()
         return create_classifier(name, checkpoint, num_classes, "cpu")
+    except WeightsUnavailableError as error:
+        raise CommandError(f"{one_line(error)} --random-weights exports without any.") from error
     except Exception as error:
+        raise CommandError(one_line(error)) from error
+
+
+def _write(network: nn.Module, out: Path, format: str, shape: tuple[int, ...], batch: int | None, check: bool) -> float:
+    """Export, and compare if asked to; return the greatest difference from the model."""
+    from visionmamba.export import ExportError, compare_with_eager, export_model
+
+    try:
+        with progress(transient=True) as bar:
+            task = bar.add_task(f"exporting to {format}", total=1 + check)
+            export_model(network, out, format, shape, batch)
+            bar.update(task, advance=1, description="checking")
+            if not check:
+                return 0.0
+            return compare_with_eager(network, out, format, shape, (batch,) if batch else (1, 3))
+    except (ExportError, OSError) as error:
         raise CommandError(one_line(error)) from error
 
 
@@ -65,7 +84,7 @@ def export(
     if random_weights and checkpoint is not None:
         raise CommandError("--random-weights and --checkpoint exclude each other")
     side = parse_size(size) if size else None
-    from visionmamba.export import FORMATS, ExportError, compare_with_eager, export_model, missing_requirement
+    from visionmamba.export import FORMATS, missing_requirement
 
     _check_model(model, checkpoint)
     out = check_writable(out or Path(f"{model}{FORMATS[format]}"))
@@ -80,13 +99,9 @@ def export(
         network.set_input_size(img_size=side)  # interpolates a position embedding once and for all
     result: dict[str, Any] = {"model": model, "format": format, "input": list(shape), "file": str(out)}
     result["batch_size"] = batch_size or (1 if format == "aoti" else None)
-    try:
-        export_model(network, out, format, shape, batch_size)
-        if check:
-            batches = (result["batch_size"],) if result["batch_size"] else (1, 3)
-            result["difference"] = compare_with_eager(network, out, format, shape, batches)
-    except (ExportError, OSError) as error:
-        raise CommandError(one_line(error)) from error
+    difference = _write(network, out, format, shape, result["batch_size"], check)
+    if check:
+        result["difference"] = difference
     result["bytes"] = out.stat().st_size
     if as_json:
         print_json(result)

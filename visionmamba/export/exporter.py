@@ -59,7 +59,8 @@ def missing_requirement(format: str) -> str | None:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Keep the exporters' notes on their own internals from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._inductor", "onnxscript")]
+    names = ("torch.onnx", "torch.export", "torch._inductor", "torch.utils.cpp_extension", "onnxscript")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

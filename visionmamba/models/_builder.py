@@ -87,8 +87,8 @@ def published_weights(cfg: PretrainedCfg, variant: str) -> Tensors:
         return load_checkpoint_file(cfg.file)
     if not (cfg.url or cfg.hf_hub_id):
         raise WeightsUnavailableError(
-            f"{variant}: its authors published no weights. Pass your own: "
-            "create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=PATH))."
+            f"{variant}: its authors published no weights. Pass your own: create_model(name, pretrained=True, "
+            "pretrained_cfg_overlay=dict(file=PATH)), or --checkpoint PATH on the command line."
         )
     return load_checkpoint_file(_fetch(cfg, variant))
 
