@@ -14,7 +14,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["visionmamba.training.run"])
 
 
-def _child(config: dict, environment: dict) -> None:
+def _child(configs: list[dict], environment: dict) -> None:
     os.environ.update(environment)
     import torch
 
@@ -23,14 +23,19 @@ def _child(config: dict, environment: dict) -> None:
     from visionmamba.training import TrainConfig, Trainer
     from visionmamba.training.distributed import join_world, leave_world
 
-    config = TrainConfig(**config)
-    Trainer(config, join_world(config.device)).run()
+    for config in (TrainConfig(**given) for given in configs):
+        Trainer(config, join_world(config.device)).run()
     leave_world()
 
 
 def start(config: dict, environment: dict | None = None):
     """Start a run."""
-    process = _context.Process(target=_child, args=(config, environment or {}))
+    return start_in_turn([config], environment)
+
+
+def start_in_turn(configs: list[dict], environment: dict | None = None):
+    """Start a process that does one run after the other."""
+    process = _context.Process(target=_child, args=(configs, environment or {}))
     process.start()
     return process
 
