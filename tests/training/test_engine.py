@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 from digit_folder import write_digits
-
 from runs import TINY, weights
+
 from visionmamba.inference import create_classifier
 from visionmamba.training import DataError, TrainConfig, Trainer, TrainingError, checkpoint, engine
 from visionmamba.training.checkpoint import WriteError
@@ -147,17 +147,14 @@ def test_help_names_every_key(capsys):
     assert capsys.readouterr().err == "How to use it.\n\n--help shows all keys.\n"
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["model=test_vim"], "data: expected the folder of the images, data=FOLDER"),
-        (["model=test_vim", "out=/dev/full"], "out: cannot write to the folder /dev/full (File exists)"),
-    ],
-)
-def test_what_a_run_needs_is_asked_for_first(words, message, tmp_path, monkeypatch, capsys):
+def test_what_a_run_needs_is_asked_for_first(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main([*words, "device=cpu"]) == 1
-    assert capsys.readouterr().err == f"error: {message}\n"
+    words = ["model=test_vim", "device=cpu", "batch_size=8", "in_chans=1"]
+    assert main(words) == 1
+    assert capsys.readouterr().err == "error: data: expected the folder of the images, data=FOLDER\n"
+    assert not list(tmp_path.iterdir())
+    assert main([*words, f"data={digits}", "out=/dev/full"]) == 1
+    assert capsys.readouterr().err == "error: out: cannot write to the folder /dev/full (File exists)\n"
 
 
 def test_full_device_is_a_write_error(tmp_path, monkeypatch):

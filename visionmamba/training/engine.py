@@ -220,7 +220,6 @@ class Trainer:
         self.config, self.world = config, world
         self.say = say if world.is_main else lambda line: None
         _check_division(config, world)
-        self.folder = _writable(config.out)
         self.device_type = world.device.type
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
@@ -228,6 +227,7 @@ class Trainer:
             torch.backends.cudnn.benchmark = False
         seed_everything(config.seed)
         self._open_data()
+        self.folder = _writable(config.out)
         self.model = create_model(config, self.num_classes).to(world.device)
         self.module = parallelize(self.model, world, config.parallel, config.precision)
         if config.compile:
