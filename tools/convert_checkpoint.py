@@ -11,7 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from visionmamba.cli._common import CommandError, check_model_name, one_line
 from visionmamba.conversion import write_hub_folder, write_official, write_ours
+from visionmamba.zoo import model_names
 
 WRITERS = {"ours": write_ours, "official": write_official, "hub": write_hub_folder}
 
@@ -26,9 +28,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--num-classes", type=int, help="classes of the checkpoint, where they are not the model's")
     given = parser.parse_args(arguments)
     try:
+        check_model_name(given.model, model_names())
         WRITERS[given.to](given.model, given.checkpoint, given.out, given.num_classes)
-    except (RuntimeError, ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (CommandError, RuntimeError, ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     print(f"wrote {given.out}")
     return 0

@@ -32,6 +32,7 @@ def test_a_position_embedding_is_fitted_to_the_size(run, tmp_path):
         (["test_vmamba", "--size", "64by32"], "--size: expected a size such as 224 or 160x224, got '64by32'"),
         (["test_vmamba", "--checkpoint", "missing.pth"], "--checkpoint: no such file: missing.pth"),
         (["test_vmamba", "--out", "/proc/none/x.onnx"], "--out: cannot write"),
+        (["test_vmamba", "--out", "/dev/null"], "--out: /dev/null is a device, expected a file"),
         (["test_vmamba", "--format", "pt2"], "its authors published no weights"),
         (["test_vmamba", "--checkpoint", "x", "--random-weights"], "exclude each other"),
     ],

@@ -96,7 +96,7 @@ def test_what_a_training_run_saves_can_be_uploaded(tmp_path):
     [
         (["test_vim", "missing.pth", "out.safetensors"], "missing.pth: no such checkpoint file"),
         (["test_vmamba", "weights.pth", "out.safetensors"], "does not fit"),
-        (["test_vmba", "weights.pth", "out.safetensors"], "Unknown model"),
+        (["test_vmba", "weights.pth", "out.safetensors"], "did you mean test_vmamba"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
