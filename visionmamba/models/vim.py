@@ -11,6 +11,8 @@ gate: gating each before turning it round is gating their sum.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -273,29 +275,18 @@ class Vim(IsotropicModel):
             dim=embed_dim, expand=expand, d_state=d_state, d_conv=d_conv, dt_rank=dt_rank, directions=directions,
             layer_scale=layer_scale, **dd,
         )  # fmt: skip
-        last = depth - (2 if paired else 1)  # nothing reads the stream's rotation after the last block
-        blocks = [
-            ResidualBlock(
-                self.create_mixer(i, reverse=paired and i % 2 == 1, **mixer),
-                STREAM_NORMS[norm](embed_dim, eps=norm_eps, **dd),
-                drop_path=rate,
-                scale=0.5 if directions == "mean" else 1.0,
-                rope=rope if i < last else "",
-            )
-            for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth))
-        ]
-        if paired:
-            blocks = [BlockPair(*pair) for pair in zip(blocks[::2], blocks[1::2], strict=True)]
+        norm_layer = partial(STREAM_NORMS[norm], embed_dim, eps=norm_eps, **dd)
+        blocks = self._create_blocks(depth, paired, rope, norm_layer, drop_path_rate, mixer)
         tokens = len(class_token_indices(class_token, 1))
         super().__init__(
             patch_embed,
-            nn.ModuleList(blocks),
+            blocks,
             reductions=[patch_embed.feat_ratio()] * len(blocks),
             embed_dim=embed_dim,
             num_classes=num_classes,
             in_chans=in_chans,
             global_pool=global_pool,
-            norm=STREAM_NORMS[norm](embed_dim, eps=norm_eps, **dd) if final_norm else nn.Identity(),
+            norm=norm_layer() if final_norm else nn.Identity(),
             fc_norm=nn.Identity(),
             pos_embed_shape=(1, patch_embed.num_patches + tokens, embed_dim) if pos_embed else None,
             num_class_tokens=tokens,
@@ -304,6 +295,25 @@ class Vim(IsotropicModel):
             **dd,
         )
         self.init_unless_meta()
+
+    def _create_blocks(
+        self, depth: int, paired: bool, rope: str, norm_layer: Callable[[], nn.Module], drop_path_rate: float,
+        mixer: dict[str, Any],
+    ) -> nn.ModuleList:  # fmt: skip
+        last = depth - (2 if paired else 1)  # nothing reads the stream's rotation after the last block
+        blocks = [
+            ResidualBlock(
+                self.create_mixer(i, reverse=paired and i % 2 == 1, **mixer),
+                norm_layer(),
+                drop_path=rate,
+                scale=0.5 if mixer["directions"] == "mean" else 1.0,
+                rope=rope if i < last else "",
+            )
+            for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth))
+        ]
+        return nn.ModuleList(
+            [BlockPair(*pair) for pair in zip(blocks[::2], blocks[1::2], strict=True)] if paired else blocks
+        )
 
     def create_mixer(self, index: int, **mixer: Any) -> nn.Module:
         """Return the token mixer of a block; families with their own override this."""
