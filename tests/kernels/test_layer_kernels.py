@@ -14,6 +14,9 @@ cuda_norm = importlib.import_module("visionmamba.ops._cuda_norm")
 steps = importlib.import_module("visionmamba.ops.selective_scan.dt_projection")
 gelu = importlib.import_module("visionmamba.ops.gelu_linear")
 plain = importlib.import_module("visionmamba.ops.channel_norm")
+conv = importlib.import_module("visionmamba.ops.causal_conv1d.cuda")
+conv_paired = importlib.import_module("visionmamba.ops.causal_conv1d.cuda_paired")
+conv_plain = importlib.import_module("visionmamba.ops.causal_conv1d.pytorch")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 pytestmark = pytest.mark.skipif(cuda_runtime.available() is not None, reason="needs cuda-core")
@@ -134,4 +137,56 @@ def test_low_rank_step_sizes(name, dtype, monkeypatch):
 def test_step_sizes_compile_without_spills(sizes, architecture):
     for cut in (steps.cut(F32, *sizes), steps.cut(BF16, *sizes)):
         log = cuda_runtime.compile_log(cut.file, cut.macros, architecture)
+        assert log.count("0 bytes spill stores, 0 bytes spill loads") == 2
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("path", "dtype", "shape", "width", "has_bias", "silu"),
+    [
+        ("h,h_flip", F32, (2, 61, 40), 4, True, True),
+        ("h_flip,h", BF16, (1, 30, 33), 3, True, True),
+        ("h,h_flip", F16, (2, 2, 70), 4, False, True),
+        ("h,h_flip", F32, (1, 220, 64), 2, True, False),
+    ],
+)
+def test_convolutions_of_a_direction_and_its_reverse(path, dtype, shape, width, has_bias, silu, monkeypatch):
+    monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: EmulatedLauncher())
+    torch.manual_seed(0)
+    batch, tokens, channels = shape
+    x = torch.randn(batch, tokens, 2 * channels).to(dtype)[..., :channels]  # a half of a wider projection
+    weight, bias = torch.randn(2, channels, width), torch.randn(2, channels) if has_bias else None
+    dout = torch.randn(batch, tokens, 2, channels).to(dtype)
+    assert conv_paired.takes(x, weight, None, None, path, (tokens,))
+    options = (path, (tokens,), silu)
+    found = conv.forward(x, weight, bias, None, None, *options)
+    found = (*found, *conv.backward(dout, None, x, weight, bias, None, None, *options))
+    wide = (x.double(), weight.double(), double(bias), None, None)
+    exact = (*conv_plain.forward(*wide, *options), *conv_plain.backward(dout.double(), None, *wide, *options))
+    for actual, expected in zip(found, exact, strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            assert relative(actual, expected) <= (3e-7 if actual.dtype == F32 else torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "grid", "changes"),
+    [
+        ("h,v", (3, 3), {}),
+        ("h,h_flip", (9,), {"seq_idx": torch.zeros(1, 9, dtype=torch.int32)}),
+        ("h,h_flip", (9,), {"initial": torch.zeros(1, 2, 4, 3)}),
+        ("h,h_flip", (9,), {"x": torch.zeros(1, 9, 2, 4)}),
+        ("h,h", (9,), {}),
+    ],
+)
+def test_other_convolutions_take_the_general_kernel(path, grid, changes):
+    arguments = {"x": torch.zeros(1, 9, 4), "weight": torch.zeros(2, 4, 4), "seq_idx": None, "initial": None}
+    assert not conv_paired.takes(**(arguments | changes), path=path, grid=grid)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_paired_convolutions_compile_without_spills(architecture):
+    for kind in ("paired_forward", "paired_backward"):
+        macros = conv_paired.macros(BF16, 4, conv_paired.CUTS[kind], silu=True)
+        log = cuda_runtime.compile_log("conv_paired.cu", macros, architecture)
         assert log.count("0 bytes spill stores, 0 bytes spill loads") == 2

@@ -12,6 +12,7 @@ from ..backend import Implementation, register_implementation
 from ..cuda_runtime import Arguments, pointer
 from ..scan_path import scan_order
 from ..selective_scan.cuda_call import ACT, merge_directions, rows, strides, sum_rows, visits
+from . import cuda_paired
 
 __all__ = ["backward", "forward", "macros"]
 
@@ -87,6 +88,8 @@ class _Conv:
 
 def forward(x, weight, bias, seq_idx, initial_states, path, grid, silu):
     """Compute the op ``visionmamba::causal_conv1d``; see :func:`visionmamba.ops.causal_conv1d`."""
+    if cuda_paired.takes(x, weight, seq_idx, initial_states, path, grid):
+        return cuda_paired.forward(x, weight, bias, path, grid, silu)
     conv = _Conv(x, weight, bias, seq_idx, initial_states, path, tuple(grid), silu)
     tokens = (conv.batch, conv.num_tokens, conv.directions, conv.channels)
     out = conv.empty(*tokens, dtype=x.dtype, zero=not conv.visits.complete)
@@ -97,6 +100,9 @@ def forward(x, weight, bias, seq_idx, initial_states, path, grid, silu):
 
 def backward(dout, dfinal, x, weight, bias, seq_idx, initial_states, path, grid, silu):
     """Compute the gradients of x, weight, bias and initial_states; None for absent ones."""
+    if dfinal is None and cuda_paired.takes(x, weight, seq_idx, initial_states, path, grid):
+        dx, dweight, dbias = cuda_paired.backward(dout, x, weight, bias, path, grid, silu)
+        return dx, dweight, None if bias is None else dbias, None
     conv = _Conv(x, weight, bias, seq_idx, initial_states, path, tuple(grid), silu, dout)
     shared = x.dim() == 3
     direct = not shared or conv.directions == 1 or conv.visits.disjoint
