@@ -84,7 +84,7 @@ def _run(program: Callable[[TrainConfig, World], None], words: Sequence[str], us
         print(stop, file=sys.stderr)
         return _TERMINATED
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; a training that is run again goes on from its last checkpoint", file=sys.stderr)
         return _INTERRUPTED
     except _CLEAR as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
