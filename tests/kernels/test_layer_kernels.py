@@ -130,6 +130,11 @@ def test_low_rank_step_sizes(name, dtype, monkeypatch):
         assert relative(actual, expected) <= 2e-7
 
 
+@pytest.mark.parametrize("rank", range(1, steps.MAX_RANK + 1))
+def test_step_sizes_fit_every_devices_shared_memory(rank):
+    assert steps.cut(BF16, 1024, rank).shared_bytes <= 99 * 1024  # of a block, on sm_86, sm_89 and sm_120
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "sizes", [(384, 24), *[pytest.param(s, marks=pytest.mark.slow) for s in [(768, 48), (1024, 64)]]]

@@ -23,7 +23,7 @@ MAX_RANK = 64
 _LEAST_ROWS = 64  # of a block: its weights want to be used
 
 _FRAGMENT = 32 * 2 * 3  # registers of a weight's three parts, 16 channels by 8 values
-_PRODUCTS_CUTS = [(25, 2, 6, 2), (17, 4, 6, 2), (9, 2, 12, 4), (0, 2, 6, 8)]
+_PRODUCTS_CUTS = [(49, 1, 6, 2), (25, 2, 6, 2), (17, 4, 6, 2), (9, 2, 12, 4), (0, 2, 6, 8)]
 """From which rank on, and then: 16s of channels a warp, warps of a block, blocks a multiprocessor; as measured."""
 
 
