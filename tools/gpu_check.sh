@@ -49,7 +49,7 @@ for case in $cases; do # fill the cache of compiled kernels, in parallel
 done
 wait
 lines=22 run bench 90 "$python" tools/bench_ops.py --output "$out/ops"
-tests loader 60 -s tests/gpu/test_loader.py
+tests loader 60 -rfP tests/gpu/test_loader.py # -P: with the times it prints
 
 for model in vim_tiny_patch16_224 vmamba_tiny_s1l8; do
   for precision in fp32 bf16 fp16; do
