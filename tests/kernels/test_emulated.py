@@ -99,6 +99,24 @@ def test_scan(name, monkeypatch):
         assert relative(actual, expected) <= (2e-6 if i == 1 else tolerance), i
 
 
+@pytest.mark.parametrize("states", [1, 16])
+def test_gradients_of_parameters_survive_cancelling_images(states, monkeypatch):
+    """Two images' large parts cancel: what is left is the third's, to float32's digits."""
+    emulated = EmulatedLauncher()
+    monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: emulated)
+    torch.manual_seed(0)
+    u, delta = torch.randn(1, 49, 8), torch.randn(1, 49, 1, 8)
+    B, C = torch.randn(2, 1, 49, 1, states)
+    A, D, bias = -torch.rand(1, 8, states) - 0.1, torch.randn(1, 8), torch.randn(1, 8)
+    dy = torch.randn(1, 49, 8) * torch.tensor([1e4, 1.0, -1e4]).view(3, 1, 1)
+    options = (D, None, bias, None, None, "h", (49,), True, True, False)
+    three = [x.expand(3, *x.shape[1:]) for x in (u, delta, B, C)]
+    found = scan.backward(dy, None, *three[:2], A, *three[2:], *options)
+    expected = scan.backward(dy[1:2], None, u, delta, A, B, C, *options)
+    for i in (2, 5, 7):  # of A, D and the bias
+        assert relative(found[i], expected[i].double()) <= 2e-6, i
+
+
 @pytest.mark.parametrize(
     ("path", "grid", "width", "sequences"),
     [("h", (20,), 4, False), ("h,v_flip", (5, 9), 3, True), ("w3,h|cls", (5, 6), 2, False)],
