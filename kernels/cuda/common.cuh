@@ -248,6 +248,25 @@ __device__ __forceinline__ float log1p_unit(float e) {
 #endif
 }
 
+// V ints from memory that is aligned to 4 (V a multiple of 4).
+struct __align__(16) Four { int i[4]; };
+template <int V> __device__ __forceinline__ void load_ints(const int* from, int to[V]) {
+#pragma unroll
+  for (int j = 0; j < V; j += 4) {
+    const Four four = *reinterpret_cast<const Four*>(from + j);
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[j + i] = four.i[i];
+  }
+}
+
+// 16 bytes copied to shared memory past the first-level cache, and the wait for all copies that this thread began.
+#ifndef VM_EMULATE
+__device__ __forceinline__ void copy_16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((uint32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#endif
+
 // softplus(v) = max(v, 0) + log(1 + exp(-|v|)): finite for every finite v, accurate for small results.
 __device__ __forceinline__ float softplus(float v) {
   return fmaxf(v, 0.f) + log1p_unit(exponential(-fabsf(v)));
@@ -260,6 +279,26 @@ __device__ __forceinline__ float softplus(float v, float& derivative) {
   derivative = v >= 0.f ? r : e * r;
   return fmaxf(v, 0.f) + log1p_unit(e);
 }
+
+#if ACT != 0
+// log2(1 + e) / e: log1p_unit's polynomial over ln 2.
+__device__ __forceinline__ float log2p1_ratio(float e) {
+  float p = -0.0123193121f;
+  p = fmaf(p, e, 0.0636073259f);
+  p = fmaf(p, e, -0.155351091f);
+  p = fmaf(p, e, 0.256009184f);
+  p = fmaf(p, e, -0.35339464f);
+  p = fmaf(p, e, 0.480063665f);
+  p = fmaf(p, e, -0.721310087f);
+  p = fmaf(p, e, 1.44269476f);
+  return p;
+}
+// softplus(v / log2(e)) log2(e).
+__device__ __forceinline__ float scaled_softplus(float v) {
+  const float e = exp2_approx(-fabsf(v));
+  return fmaf(e, log2p1_ratio(e), fmaxf(v, 0.f));
+}
+#endif
 
 // A decay exp(Delta A). 16-bit activations take A times log2(e) once and one exponential of the special-function unit a
 // step; float32 ones an accurate one.

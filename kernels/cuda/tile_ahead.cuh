@@ -6,13 +6,6 @@
 #pragma once
 
 #if STAGED
-#ifndef VM_EMULATE
-__device__ __forceinline__ void copy_16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((uint32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-#endif
-
 // A piece's rows of u or delta: PARTS lanes copy a row.
 template <class T> struct Rows {
   static constexpr int PARTS = TILE_CHANNELS * (int)sizeof(T) / 16;

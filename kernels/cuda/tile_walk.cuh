@@ -96,16 +96,6 @@ template <bool REVERSE> __device__ __forceinline__ void scan_warp(const Seat& at
   }
 }
 
-struct __align__(16) Four { int i[4]; };
-__device__ __forceinline__ void load_ints(const int* from, int to[SLOTS]) {
-#pragma unroll
-  for (int j = 0; j < SLOTS; j += 4) {
-    const Four four = *reinterpret_cast<const Four*>(from + j);
-#pragma unroll
-    for (int i = 0; i < 4; i++) to[j + i] = four.i[i];
-  }
-}
-
 // The row of delta, B and C that a step reads; steps without a token read row 0.
 __device__ __forceinline__ int row_seen(int token) { return FULL ? token : max(token, 0); }
 __device__ __forceinline__ int row_read(int token, int step) { return STEP_ORDER ? (FULL || token >= 0 ? step : 0) : row_seen(token); }
@@ -153,7 +143,7 @@ struct Common {
         words[ROW + slot(step(at, i))] = to_float(C[i]);
       }
   }
-  __device__ __forceinline__ void tokens(const Seat& at, int turn, int to[SLOTS]) const { load_ints((const int*)words + (2 + turn) * ROW + at.chunk * SLOTS, to); }
+  __device__ __forceinline__ void tokens(const Seat& at, int turn, int to[SLOTS]) const { load_ints<SLOTS>((const int*)words + (2 + turn) * ROW + at.chunk * SLOTS, to); }
   __device__ __forceinline__ int token_at(int turn, int step) const { return ((const int*)words)[(2 + turn) * ROW + slot(step)]; }
   __device__ __forceinline__ int token_of(const Seat& at, int turn, int j) const { return ((const int*)words)[(2 + turn) * ROW + at.chunk * SLOTS + j]; }
   __device__ __forceinline__ void read_B(const Seat& at, float to[SLOTS]) const { load_floats<SLOTS>(words + at.chunk * SLOTS, to); }
@@ -214,22 +204,6 @@ __device__ __forceinline__ void store_columns(float* to, const TileArgs& p, cons
 __device__ __forceinline__ float scaled_softplus(float v) { return softplus(v); }
 __device__ __forceinline__ float scaled_softplus(float v, float& slope) { return softplus(v, slope); }
 #else
-// log2(1 + e) / e: log1p_unit's polynomial over ln 2.
-__device__ __forceinline__ float log2p1_ratio(float e) {
-  float p = -0.0123193121f;
-  p = fmaf(p, e, 0.0636073259f);
-  p = fmaf(p, e, -0.155351091f);
-  p = fmaf(p, e, 0.256009184f);
-  p = fmaf(p, e, -0.35339464f);
-  p = fmaf(p, e, 0.480063665f);
-  p = fmaf(p, e, -0.721310087f);
-  p = fmaf(p, e, 1.44269476f);
-  return p;
-}
-__device__ __forceinline__ float scaled_softplus(float v) {
-  const float e = exp2_approx(-fabsf(v));
-  return fmaf(e, log2p1_ratio(e), fmaxf(v, 0.f));
-}
 __device__ __forceinline__ float scaled_softplus(float v, float& slope) {
   const float e = exp2_approx(-fabsf(v)), r = rcp_approx(fmaf(e, LN2, LN2));
   slope = v >= 0.f ? r : e * r;

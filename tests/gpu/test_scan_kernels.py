@@ -142,6 +142,16 @@ def test_every_output_is_written(states, monkeypatch):
         assert torch.equal(again[name], x), name
 
 
+@pytest.mark.parametrize(
+    ("grid", "channels", "dtype", "rank"),
+    [((42, 42), 96, torch.bfloat16, 0), ((43, 39), 40, torch.float16, 0), ((42, 42), 96, torch.bfloat16, 6)],
+)
+def test_a_direction_and_its_reverse_agree_with_float64(grid, channels, dtype, rank):
+    path = "h,v,h_flip,v_flip"
+    tensors = draw(path, grid, 3, channels, 1, dtype, gate=False, rank=rank)
+    check(tensors, dtype, path=path, grid=grid)
+
+
 @pytest.mark.parametrize("states", [1, 16])
 @pytest.mark.parametrize("length", [196, 3000])
 def test_two_runs_are_bit_equal(states, length):

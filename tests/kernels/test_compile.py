@@ -9,6 +9,7 @@ from visionmamba.ops import _cuda_update as updates
 from visionmamba.ops import cuda_runtime
 from visionmamba.ops.causal_conv1d import cuda as conv
 from visionmamba.ops.selective_scan import cuda as scan
+from visionmamba.ops.selective_scan import cuda_pair as pair
 from visionmamba.ops.selective_scan import cuda_tile as tile
 from visionmamba.ops.selective_scan.cuda_call import ACT
 
@@ -60,6 +61,12 @@ def specialisations(architecture="sm_90"):
         for tokens in (49, 196, 784, 3136):
             staged = tile_macros("forward", tokens, dtype, vec=4, copied=2 * dtype.itemsize)
             found.append(("tile_forward.cu", staged, dtype == BF16 and tokens == 3136))
+        for delta_float, full in ((0, True), (1, False)) if dtype != torch.float32 else ():
+            cut, flags = pair.PairPlan(((0, 2), (1, 3)), 224, 14, full), FLAGS | {"DELTA_FLOAT": delta_float}
+            for which in range(2):
+                macros = pair.macros(dtype, cut, flags, "pair_backward", which)
+                found.append(("pair_backward.cu", macros, full and dtype == BF16))
+            found.append(("pair_links.cu", pair.macros(dtype, cut, flags, "pair_links"), full and dtype == BF16))
         for width in (2, 3, 4):
             for sequences in (False, True):
                 macros = conv.macros(dtype, width, 2, silu=True, sequences=sequences)

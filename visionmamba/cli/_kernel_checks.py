@@ -146,6 +146,7 @@ _CASES: list[tuple[str, str, torch.dtype, Callable[[str], list[Tensor]]]] = [
     ("selective_scan", "1 state, cross", torch.float32, _scan(_CROSS, (7, 9), 1, torch.float32)),
     ("selective_scan", "1 state, several rounds", torch.float32, _scan(_CROSS, (30, 31), 1, torch.float32, 70)),
     ("selective_scan", "1 state, bf16", torch.bfloat16, _scan(_CROSS, (28, 28), 1, torch.bfloat16, 40)),
+    ("selective_scan", "1 state, pairs, bf16", torch.bfloat16, _scan(_CROSS, (42, 42), 1, torch.bfloat16, 4)),
     ("selective_scan", "1 state, low-rank steps", torch.float32, _low_rank_scan),
     ("causal_conv1d", "both ways", torch.float32, _conv),
     ("causal_conv1d_update", "one step", torch.float32, _conv_update),

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import cuda_runtime
 from ..backend import Implementation, register_implementation
 from ..cuda_runtime import Arguments, pointer
-from . import cuda_tile
+from . import cuda_pair, cuda_tile
 from .cuda_call import ACT, Call, is_there_and_back, rows, strides, visits
 from .dt_projection import expand_delta, expand_delta_backward
 
@@ -354,12 +354,15 @@ def backward(
     initial, dlast = (None if x is None else x.float().contiguous() for x in (initial_state, dlast))
     arguments = (u, delta, A, B, C, D, delta_bias, path, grid, delta_softplus, in_step_order)
     scan = _Scan("backward", *arguments, gate=z, merge=u.dim() == 3, others=[dy])
-    tile = _tile_plan("backward", scan, u.dim() == 3) if z is None else None
-    if tile is None:
-        du, ddelta, dB, dC, dA, dD, dbias, dstate, dz = _backward(scan, dy, dlast, initial)
-    else:
+    pairs = cuda_pair.plan(scan, dy) if z is None else None
+    tile = _tile_plan("backward", scan, u.dim() == 3) if z is None and pairs is None else None
+    dz = None
+    if pairs is not None:
+        du, ddelta, dB, dC, dA, dD, dbias, dstate = cuda_pair.backward(scan, pairs, dy, dlast, initial)
+    elif tile is not None:
         du, ddelta, dB, dC, dA, dD, dbias, dstate = cuda_tile.backward(scan, tile, dy, dlast, initial)
-        dz = None
+    else:
+        du, ddelta, dB, dC, dA, dD, dbias, dstate, dz = _backward(scan, dy, dlast, initial)
     ddt_weight = None
     if dt_weight is not None:
         ddelta, ddt_weight = expand_delta_backward(ddelta, low_rank, dt_weight)
