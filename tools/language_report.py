@@ -22,7 +22,7 @@ _SHAPES = {"ssd_2k": "8, 2048, 32, 64, 128", "ssd_16k": "1, 16384, 32, 64, 128",
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """A Markdown table whose first ``left`` columns are aligned to the left."""
     rule = ["---"] * left + ["--:"] * (len(header) - left)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows]).replace("| --- |", "|---|")
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
 def _where(environment: dict[str, str]) -> str:
@@ -84,8 +84,8 @@ def _length(results: dict[str, Any], where: str) -> str:
         row = [f"{int(tokens):,}"]
         for result in results.values():
             measured = result["lengths"][tokens]
-            row += [f"{measured.get('graph_ms', measured['ms']):.1f}", f"{measured['ms']:.1f}"]
-            row.append(f"{measured['peak_mib']:,.0f}")
+            row.append(f"{measured['graph_ms']:.1f}" if "graph_ms" in measured else "")
+            row += [f"{measured['ms']:.1f}", f"{measured['peak_mib']:,.0f}"]
         rows.append(row)
     return f"""## Length
 
@@ -107,6 +107,11 @@ def _accuracy(task: str, final: dict[str, float]) -> str:
     return ", ".join(f"{int(length):,}: {100 * final[length]:.1f} %" for length in shown)
 
 
+def _step_sizes(run: dict[str, Any]) -> str:
+    """The largest step size at initialisation; S4D's do not depend on the run."""
+    return "" if run["layer"] == "S4D" else f"{run['ssm_cfg'].get('dt_max', 0.1):g}"
+
+
 def _synthetic(folder: Path) -> str:
     rows, environments = [], set()
     for path in sorted(folder.glob("*.jsonl")):
@@ -116,12 +121,13 @@ def _synthetic(folder: Path) -> str:
         options = run["options"] | {"N": run["ssm_cfg"].get("d_state", 16)}
         size = f"{options['length']:,}" + (f", {options['num_pairs']} pairs" if "num_pairs" in options else "")
         rows.append([
-            run["task"].replace("_", " "), size, run["layer"], str(options["N"]), str(run["seed"]), f"{run['lr']:g}",
+            run["task"].replace("_", " "), size, run["layer"], str(options["N"]), _step_sizes(run), str(run["seed"]),
+            f"{run['lr']:g}",
             f"{run.get('eps', 1e-8):g}", f"{end['parameters']:,}", f"{last['step']:,}", f"{last['seconds']:.0f}",
             _accuracy(run["task"], end["length"]),
         ])  # fmt: skip
         environments.add(_where(end))
-    header = ["Task", "length", "Layer", "N", "seed", "lr", "eps", "parameters", "steps", "s", "accuracy"]
+    header = ["Task", "length", "Layer", "N", "dt", "seed", "lr", "eps", "parameters", "steps", "s", "accuracy"]
     return f"""## Synthetic tasks
 
 Two layers of width 64, AdamW. Selective copying: 16 tokens among 1,024. Induction heads: trained at length 256 and
@@ -132,9 +138,11 @@ Accuracy falls where the curriculum takes the next length.
 
 {_table(header, rows, left=3)}
 
-What decides how far induction heads reach is Adam's eps. At length 256 every answer is right after some 1,500 steps,
-and the loss and its gradients go on falling, soon far below eps = 1e-8: then the steps vanish, and with them what
-is left to learn, to close the gate on ordinary tokens ever more tightly. With an eps below the gradients it goes on.
+Right answers at length 256 ask little of the gate: with step sizes of 0.001 to 0.1 at the start (dt 0.1) a state
+outlives 256 tokens by itself. Three things make a model learn to hold for longer: a high rate; an eps of Adam below the
+gradients, which are soon far below the usual 1e-8 (200 more steps with 1e-20 took the run with seed 1 and dt 1e-05 from
+28 % to 88 % of 32 sequences at 65,536); larger step sizes at the start (0.1 to 1), with which nothing is remembered
+unless the gate closes on ordinary tokens.
 
 {"; ".join(sorted(environments))}."""
 
@@ -155,7 +163,7 @@ counterpart here. Expected failures are the tests that want results to differ be
 
 {_table(["test", *outcomes], rows)}
 
-{_where(summary["environment"])}."""
+{_where(summary["environment"])}. {summary.get("note", "")}"""
 
 
 def main(folder: Annotated[Path, typer.Option(help="The figures.")] = Path("benchmarks/language")) -> None:
@@ -165,7 +173,8 @@ def main(folder: Annotated[Path, typer.Option(help="The figures.")] = Path("benc
         path = folder / f"{name}.json"
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
-            parts.append(write(content[name], _where(content["environment"])))
+            note = f" {content['note']}" if "note" in content else ""
+            parts.append(write(content[name], _where(content["environment"])) + note)
     parts.append(_synthetic(folder / "synthetic"))
     if (folder / "upstream.json").exists():
         parts.append(_upstream(json.loads((folder / "upstream.json").read_text(encoding="utf-8"))))
