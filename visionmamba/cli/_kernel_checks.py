@@ -71,11 +71,14 @@ def _scan(path: str, grid: tuple[int, ...], states: int, dtype: torch.dtype, bat
     return run
 
 
-def _conv(device: str) -> list[Tensor]:
-    x = torch.randn(2, 37, 24, device=device, requires_grad=True)
-    weight = torch.randn(2, 24, 4, device=device, requires_grad=True)
-    y, last = causal_conv1d(x, weight, path="h,h_flip")
-    return [y, last, *torch.autograd.grad((y * torch.randn(y.shape, device=device)).sum(), (x, weight))]
+def _conv(path: str):
+    def run(device: str) -> list[Tensor]:
+        x = torch.randn(2, 37, 24, device=device, requires_grad=True)
+        weight = torch.randn(path.count(",") + 1, 24, 4, device=device, requires_grad=True)
+        y, last = causal_conv1d(x, weight, path=path)
+        return [y, last, *torch.autograd.grad((y * torch.randn(y.shape, device=device)).sum(), (x, weight))]
+
+    return run
 
 
 def _conv_update(device: str) -> list[Tensor]:
@@ -148,7 +151,8 @@ _CASES: list[tuple[str, str, torch.dtype, Callable[[str], list[Tensor]]]] = [
     ("selective_scan", "1 state, bf16", torch.bfloat16, _scan(_CROSS, (28, 28), 1, torch.bfloat16, 40)),
     ("selective_scan", "1 state, pairs, bf16", torch.bfloat16, _scan(_CROSS, (42, 42), 1, torch.bfloat16, 4)),
     ("selective_scan", "1 state, low-rank steps", torch.float32, _low_rank_scan),
-    ("causal_conv1d", "both ways", torch.float32, _conv),
+    ("causal_conv1d", "one way", torch.float32, _conv("h")),
+    ("causal_conv1d", "both ways", torch.float32, _conv("h,h_flip")),
     ("causal_conv1d_update", "one step", torch.float32, _conv_update),
     ("selective_state_update", "one step", torch.float32, _state_update),
     ("ssd", "two chunks", torch.bfloat16, _ssd),  # tensor cores round its products
