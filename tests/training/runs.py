@@ -1,8 +1,11 @@
 """Small runs in fresh processes, forked from a server that has imported everything."""
 
+import itertools
 import multiprocessing
 import os
+import signal
 import socket
+import threading
 from pathlib import Path
 
 TINY = dict(
@@ -14,8 +17,25 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["visionmamba.training.run"])
 
 
-def _child(configs: list[dict], environment: dict) -> None:
+def _kill_later(steps: int, seconds: float) -> None:
+    """Let SIGKILL meet this process so many seconds after its training has done so many steps."""
+    from visionmamba.training import Trainer
+
+    take_step, done = Trainer._take_step, itertools.count(1)
+
+    def counted(trainer, *arguments):
+        loss = take_step(trainer, *arguments)
+        if next(done) == steps:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return loss
+
+    Trainer._take_step = counted
+
+
+def _child(configs: list[dict], environment: dict, kill_after: tuple[int, float] | None) -> None:
     os.environ.update(environment)
+    # a loader's workers leave when their parent is gone, which a fork server between the two would hide from them
+    multiprocessing.set_start_method("fork", force=True)
     import torch
 
     torch.set_num_threads(1)
@@ -23,19 +43,21 @@ def _child(configs: list[dict], environment: dict) -> None:
     from visionmamba.training import TrainConfig, Trainer
     from visionmamba.training.distributed import join_world, leave_world
 
+    if kill_after:
+        _kill_later(*kill_after)
     for config in (TrainConfig(**given) for given in configs):
         Trainer(config, join_world(config.device)).run()
     leave_world()
 
 
-def start(config: dict, environment: dict | None = None):
-    """Start a run."""
-    return start_in_turn([config], environment)
+def start(config: dict, environment: dict | None = None, kill_after: tuple[int, float] | None = None):
+    """Start a run; ``kill_after`` is a number of steps and the seconds from there to its SIGKILL."""
+    return start_in_turn([config], environment, kill_after)
 
 
-def start_in_turn(configs: list[dict], environment: dict | None = None):
+def start_in_turn(configs: list[dict], environment: dict | None = None, kill_after: tuple[int, float] | None = None):
     """Start a process that does one run after the other."""
-    process = _context.Process(target=_child, args=(configs, environment or {}))
+    process = _context.Process(target=_child, args=(configs, environment or {}, kill_after))
     process.start()
     return process
 

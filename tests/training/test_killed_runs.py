@@ -37,21 +37,23 @@ def _same(folder, other):
 
 def _kill_and_go_on(digits, tmp_path, kills, **changes):
     config = dict(EVERYTHING, data=digits, **changes)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     began = time.perf_counter()
-    finish(start(dict(config, out=str(tmp_path / "whole"))))
-    duration = time.perf_counter() - began
+    finish(start(dict(config, out=str(whole))))
+    steps = max(int(file.stem.split("-")[1]) for file in whole.glob("checkpoint-*.pt"))
+    two_steps = 2 * (time.perf_counter() - began) / steps
     chance = random.Random(time.time())
-    survived = 0
+    codes = []
     for _ in range(kills):
-        process = start(dict(config, out=str(tmp_path / "killed")))
-        process.join(chance.uniform(0.15, 0.5) * duration)
-        survived += process.exitcode is None
-        process.kill()
-        process.join()
-    finish(start(dict(config, out=str(tmp_path / "killed"))))
-    assert survived  # at least one kill met a living run
-    _same(tmp_path / "killed", tmp_path / "whole")
-    assert len(list((tmp_path / "killed").glob("checkpoint-*.pt"))) == 2
+        after = chance.randint(1, max(1, 2 * steps // (kills + 3))), chance.uniform(0, two_steps)
+        process = start(dict(config, out=str(killed)), kill_after=after)
+        process.join(300)
+        codes.append(process.exitcode)
+    finish(start(dict(config, out=str(killed))))
+    assert codes[0] == -signal.SIGKILL  # the later ones may find little or nothing left to do
+    assert set(codes) <= {-signal.SIGKILL, 0}
+    _same(killed, whole)
+    assert len(list(killed.glob("checkpoint-*.pt"))) == 2
 
 
 def test_killed_twice(digits, tmp_path):
