@@ -20,7 +20,7 @@ __all__ = ["draw_paths", "layers_by_path", "side_by_side", "write_figure"]
 
 _CLASS_TOKEN = "|cls"
 _PANEL = 2.2  # inches
-_MAX_NUMBERED = 20  # columns of tokens in a panel
+_MAX_NUMBERED = 8  # columns of tokens in a panel; numbers of more would be too small to read beside the line
 _COLORS = "viridis"
 
 
@@ -68,15 +68,14 @@ def _draw_direction(axes: Axes, path: ScanPath, k: int, grid: tuple[int, ...], t
     axes.imshow(background, cmap="Greys", vmin=0, vmax=5)
     image = axes.imshow(steps, cmap=_COLORS, vmin=0, vmax=max(1, len(places) - 1))
     axes.plot(*places.T, color="white", linewidth=0.9, path_effects=[withStroke(linewidth=1.6, foreground="0.3")])
-    axes.plot(*places[0], marker="s", markersize=10, markerfacecolor="none", markeredgecolor="red", linestyle="none")
+    for place, marker in ((places[0], "o"), (places[-1], "X")):
+        axes.plot(*place, marker=marker, markersize=6, markerfacecolor="red", markeredgecolor="white", linestyle="none")
     if columns <= _MAX_NUMBERED:
-        size = min(10.0, 28 * _panel_width(path.grid) / columns)  # points
+        size = min(8.0, 20 * _panel_width(path.grid) / columns)  # points
         for step, (x, y) in enumerate(places):
             light = np.dot(image.to_rgba(step)[:3], (0.299, 0.587, 0.114)) > 0.5
-            color, edge = ("black", "white") if light else ("white", "black")
-            outline = [withStroke(linewidth=1, foreground=edge, alpha=0.4)]
-            label = {"ha": "center", "va": "center", "fontsize": size, "color": color, "path_effects": outline}
-            axes.text(x, y, str(step + 1), **label)
+            label = {"ha": "left", "va": "top", "fontsize": size, "color": "black" if light else "white"}
+            axes.text(x - 0.44, y - 0.42, str(step + 1), **label)  # in the corner: the line goes through the middle
     if path.grid != grid and len(grid) == 2:  # what is outside is padding
         real = Rectangle((-0.5, -0.5), grid[1], grid[0], fill=False, edgecolor="red", linestyle="--", clip_on=False)
         axes.add_patch(real)
@@ -118,7 +117,8 @@ def draw_paths(paths: Mapping[str, str], grid: Sequence[int]) -> Figure:
         grid: Size of the token grid, slowest axis first.
 
     Returns:
-        A matplotlib figure. Tokens are coloured and numbered by step; grey ones are not visited.
+        A matplotlib figure. Tokens are coloured by step, and numbered where there are few; a path runs from the red
+        dot to the red cross; grey tokens are not visited.
 
     Raises:
         ValueError: A path is unknown or does not fit the grid.
