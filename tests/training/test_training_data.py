@@ -1,8 +1,13 @@
 """Images for training: published preprocessing, orders that resume, and what is wrong with a dataset, in a sentence."""
 
+import contextlib
 import io
 import json
+import multiprocessing
+import os
+import signal
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -11,10 +16,11 @@ import torch
 from digit_folder import write_digits
 from PIL import Image
 from runs import TINY
+from runs import _context as processes
 
 from visionmamba.training import ConfigError, DataError, TrainConfig, Trainer
 from visionmamba.training.clips import clip_positions
-from visionmamba.training.data import open_source
+from visionmamba.training.data import Source, _Reader, open_source
 from visionmamba.training.distributed import World
 from visionmamba.training.engine import create_model, data_settings
 from visionmamba.training.run import main, validate
@@ -202,6 +208,52 @@ def test_hugging_face_datasets(digits):
     assert x.shape == (16, 1, 32, 32)
     assert len(rest) == 3
     assert set(y.tolist()) <= set(range(10))
+
+
+class _Workers(torch.utils.data.Dataset):
+    """Images whose reading tells which process reads them."""
+
+    def __init__(self, tell):
+        self.tell = tell
+
+    def __getitem__(self, index):
+        self.tell.send(os.getpid())
+        return Image.new("L", (8, 8)), 0
+
+
+def _nothing(image):
+    return torch.zeros(1)
+
+
+def _read_for_ever(tell):
+    multiprocessing.set_start_method("forkserver", force=True)
+    read = _Reader(_nothing, "L", None, None, True)
+    config = TrainConfig(**{**TINY, "workers": 2})
+    source = Source(config, HERE, "train", True, 16, lambda epoch: _Workers(tell), read, 64, {}, False)
+    for _ in source.loader():
+        time.sleep(60)
+
+
+def test_workers_leave_with_a_killed_training():
+    """Python starts them by a fork server from 3.14 on, which hides the training's end from PyTorch's own watch."""
+    heard, tell = multiprocessing.Pipe(duplex=False)
+    training = processes.Process(target=_read_for_ever, args=(tell,))
+    training.start()
+    tell.close()
+    workers = {heard.recv() for _ in range(32)}  # a batch of each
+    assert len(workers) == 2
+    training.kill()
+    training.join()
+    try:
+        while heard.poll(60):  # the end of the pipe, when nobody is left to write to it
+            heard.recv()
+        pytest.fail(f"workers {workers} are still there")
+    except EOFError:
+        pass
+    finally:
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
 
 
 def _fails(config, match, kind=DataError):

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
+import os
 import random
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +37,21 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 class DataError(RuntimeError):
     """Images or labels that cannot be used; one sentence."""
+
+
+def _leave_with_the_trainer(_worker: int) -> None:
+    """Let a loader's worker end when the process that reads from it is gone, killed or not.
+
+    PyTorch's own watch looks at the worker's parent, which is the fork server where one starts the workers (the default
+    on Linux from Python 3.14 on): it stays as long as they do, and they would stay for ever.
+    """
+    trainer = multiprocessing.parent_process()
+
+    def watch() -> None:
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def seed_everything(*place: int) -> None:
@@ -212,7 +230,10 @@ class Source:
         """
         config, share = self.config, self.batch_size // self.world.size
         generator = torch.Generator().manual_seed(config.seed + epoch)
-        common = dict(num_workers=config.workers, generator=generator, pin_memory=self.world.device.type == "cuda")
+        common = dict(
+            num_workers=config.workers, generator=generator, pin_memory=self.world.device.type == "cuda",
+            worker_init_fn=_leave_with_the_trainer,
+        )  # fmt: skip
         if not self.streamed:
             source = _MapSource(self.make(epoch), self.read, config.seed, epoch, config.unreadable)
             batches = list(self._places(epoch, start))
