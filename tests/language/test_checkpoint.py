@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from _lm_goldens import document, language_golden, small_model
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from visionmamba.language import MambaConfig, MambaLMHeadModel
+from visionmamba.language.text import load_tokenizer
 
 
 @pytest.mark.parametrize("layout", ["mamba_ssm", "huggingface"])
@@ -140,6 +142,55 @@ def test_missing_files(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         MambaLMHeadModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "expected JSON"), ("[1]", "expected a JSON object, got list")])
+def test_a_config_that_cannot_be_read(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        MambaLMHeadModel.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that answers every request with one error."""
+
+    def answer(error):
+        def download(name, file):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+
+    return answer
+
+
+def test_a_hub_that_cannot_be_reached(hub):
+    hub(LocalEntryNotFoundError("offline"))
+    message = r"^a/b: not a folder; as a repository, no config\.json in the local cache, and the hub cannot be reached$"
+    with pytest.raises(FileNotFoundError, match=message):
+        MambaLMHeadModel.from_pretrained("a/b")
+
+
+@pytest.mark.parametrize("name", ["a/b", "not a name"])
+def test_neither_a_folder_nor_a_repository(name, hub, monkeypatch):
+    if name == "a/b":
+        hub(RepositoryNotFoundError.__new__(RepositoryNotFoundError))  # its constructor wants an HTTP response
+    with pytest.raises(FileNotFoundError, match=f"^{name}: neither a folder nor a repository of the hub$"):
+        MambaLMHeadModel.from_pretrained(name)
+
+
+def test_missing_tokenizer(hub, tmp_path):
+    pytest.importorskip("tokenizers")
+    hub(LocalEntryNotFoundError("offline"))
+    message = r"no tokenizer\.json, and EleutherAI/gpt-neox-20b's, the published models', cannot be had from the hub$"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match=r"^a/b: not a folder; as a repository, no tokenizer\.json in the local"
+    ):
+        load_tokenizer(str(tmp_path), "a/b")
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json$"):
+        load_tokenizer("a/b", str(tmp_path))
 
 
 @pytest.mark.parametrize(

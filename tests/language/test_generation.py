@@ -140,8 +140,14 @@ def test_repetition_penalty():
         (torch.tensor([[1, 256]]), {}, "input_ids: expected ids from 0 to 255, got 256"),
         (torch.tensor([[1, -1]]), {}, "input_ids: expected ids from 0 to 255, got -1"),
         (torch.tensor([[1, 253]]), {"vocab_size": 253}, "input_ids: expected ids from 0 to 252, got 253"),
-        (torch.tensor([[1, 2]]), {"vocab_size": 300}, "vocab_size: expected at most the 256 rows"),
+        (
+            torch.tensor([[1, 2]]),
+            {"vocab_size": 300},
+            "vocab_size: expected 1 to the 256 rows of the embedding, got 300",
+        ),
         (torch.tensor([[1, 2]]), {"cg": True}, "cg: expected a CUDA device"),
+        (torch.tensor([[1, 2]]), {"teacher_outputs": torch.ones(2, 8, dtype=torch.long)}, "teacher_outputs: expected"),
+        (torch.tensor([[1, 2]]), {"teacher_outputs": torch.tensor([[1, 2, 256]])}, "teacher_outputs: expected ids"),
     ],
 )
 def test_bad_prompts(prompt, options, message):
@@ -149,6 +155,22 @@ def test_bad_prompts(prompt, options, message):
         small_model("mamba1").generate(prompt, 8, **options)
 
 
-def test_no_tokens():
-    with pytest.raises(ValueError, match="input_ids: expected"):
-        small_model("mamba1")(torch.zeros(1, 0, dtype=torch.long))
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.long), r"input_ids: expected \(B, L\) with at least one token"),
+        (torch.tensor([[3, 256]]), "input_ids: expected ids from 0 to 255, got 256"),
+        (torch.tensor([[3, -1]]), "input_ids: expected ids from 0 to 255, got -1"),
+        (torch.zeros(1, 2), "input_ids: expected integer ids, got torch.float32"),
+    ],
+)
+def test_bad_tokens(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        small_model("mamba1")(tokens)
+
+
+def test_timing_is_printed(capsys):
+    model, prompt = small_model("mamba1"), torch.randint(0, 250, (1, 3))
+    tokens = model.generate(prompt, 5, enable_timing=True)
+    assert capsys.readouterr().out.startswith("Prompt processing + decoding time: ")
+    assert torch.equal(tokens, model.generate(prompt, 5)) and capsys.readouterr().out == ""

@@ -2,12 +2,12 @@
 
 from .attention import MHA, GatedMLP
 from .config import MambaConfig
-from .generation import GenerateOutput, GenerationMixin
+from .generation import GenerateOutput, GenerationMixin, decode, sample
 from .inference import InferenceParams
 from .mamba import Mamba
 from .mamba2 import Mamba2
-from .model import Block, CausalLMOutput, MambaLMHeadModel, MixerModel
-from .norms import LayerNorm, RMSNorm, RMSNormGated
+from .model import Block, CausalLMOutput, MambaLMHeadModel, MixerModel, create_block
+from .norms import RMSNorm, RMSNormGated
 
 __all__ = [
     "MHA",
@@ -17,7 +17,6 @@ __all__ = [
     "GenerateOutput",
     "GenerationMixin",
     "InferenceParams",
-    "LayerNorm",
     "Mamba",
     "Mamba2",
     "MambaConfig",
@@ -25,4 +24,7 @@ __all__ = [
     "MixerModel",
     "RMSNorm",
     "RMSNormGated",
+    "create_block",
+    "decode",
+    "sample",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -19,12 +21,13 @@ def _ceil_to(size: int, multiple: int) -> int:
 
 
 class GatedMLP(nn.Module):
-    """``fc2(value * silu(gate))`` with value and gate from ``fc1`` (Shazeer 2020, SwiGLU).
+    """``fc2(value * activation(gate))`` with value and gate from ``fc1`` (Shazeer 2020; SwiGLU with silu).
 
     Args:
         in_features: Width of the input.
         hidden_features: Width between; 8/3 of the input if absent. Rounded up to ``multiple_of``.
         out_features: Width of the output; that of the input if absent.
+        activation: Of the gate.
         bias: Whether the two layers have biases.
         multiple_of: See ``hidden_features``.
         device: Where to create the parameters.
@@ -36,6 +39,7 @@ class GatedMLP(nn.Module):
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
+        activation: Callable[[Tensor], Tensor] = F.silu,
         bias: bool = False,
         multiple_of: int = 128,
         device=None,
@@ -44,12 +48,13 @@ class GatedMLP(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         hidden = _ceil_to(hidden_features or int(8 * in_features / 3), multiple_of)
+        self.activation = activation
         self.fc1 = nn.Linear(in_features, 2 * hidden, bias=bias, **dd)
         self.fc2 = nn.Linear(hidden, out_features or in_features, bias=bias, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(value * F.silu(gate))
+        return self.fc2(value * self.activation(gate))
 
 
 def rotate(x: Tensor, positions: Tensor, dim: int, base: float = 10000.0, interleaved: bool = False) -> Tensor:
@@ -243,7 +248,7 @@ class MHA(nn.Module):
         mask = None if q.shape[1] == 1 and rows is None else visible
         return self._attend(q, keys[:, :, 0].to(q.dtype), keys[:, :, 1].to(q.dtype), mask, False)
 
-    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None) -> tuple[Tensor, ...]:
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **_kwargs) -> tuple[Tensor, ...]:
         """Return an empty key-value cache ``(B, max_seqlen, 2, H_kv, P)`` and, with ``d_conv``, a convolution state."""
         weight = self.out_proj.weight
         shape = (batch_size, max_seqlen, 2, self.num_heads_kv, self.head_dim)

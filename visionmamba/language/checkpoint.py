@@ -30,32 +30,60 @@ class Source:
     def __init__(self, name: str | Path) -> None:
         self.name = str(name)
         self.folder = Path(name) if Path(name).is_dir() else None
+        self._unreachable = False
 
     def path(self, file: str) -> Path | None:
-        """Return where a file is, after downloading it if need be; None if there is none."""
+        """Return where a file is, after downloading it if need be; None if there is none.
+
+        Raises:
+            FileNotFoundError: The name is neither a folder nor a repository.
+        """
         if self.folder is not None:
             path = self.folder / file
             return path if path.is_file() else None
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
 
         try:
             return Path(hf_hub_download(self.name, file))
+        except LocalEntryNotFoundError:  # offline, and not among the files that were downloaded before
+            self._unreachable = True
+            return None
         except EntryNotFoundError:
             return None
         except (HFValidationError, RepositoryNotFoundError) as error:
             raise FileNotFoundError(f"{self.name}: neither a folder nor a repository of the hub") from error
+
+    def missing(self, what: str) -> FileNotFoundError:
+        """Return the error that says what there is none of, and whether the hub could be asked."""
+        if self._unreachable:
+            return FileNotFoundError(
+                f"{self.name}: not a folder; as a repository, {what} in the local cache, and the hub cannot be reached"
+            )
+        return FileNotFoundError(f"{self.name}: {what}")
 
     def config(self) -> dict[str, Any]:
         """Return the parsed ``config.json``.
 
         Raises:
             FileNotFoundError: There is none.
+            ValueError: It is no JSON object.
         """
         path = self.path(_CONFIG)
         if path is None:
-            raise FileNotFoundError(f"{self.name}: no {_CONFIG}")
-        return json.loads(path.read_text(encoding="utf-8"))
+            raise self.missing(f"no {_CONFIG}")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: expected JSON, got what cannot be parsed ({error})") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        return values
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights. Only tensors are ever unpickled.
@@ -71,12 +99,12 @@ class Source:
             if index is not None:
                 shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
                 return {key: tensor for shard in shards for key, tensor in self._shard(shard).items()}
-        raise FileNotFoundError(f"{self.name}: neither {' nor '.join(_WEIGHTS)} (or their shards)")
+        raise self.missing(f"neither {' nor '.join(_WEIGHTS)} (or their shards)")
 
     def _shard(self, file: str) -> dict[str, Tensor]:
         path = self.path(file)
         if path is None:
-            raise FileNotFoundError(f"{self.name}: no {file}, which the index names")
+            raise self.missing(f"no {file}, which the index names")
         return _read(path)
 
 

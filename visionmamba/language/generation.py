@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from .inference import InferenceParams
 
-__all__ = ["GenerateOutput", "GenerationMixin", "Streamer", "decode", "penalize_repetition", "sample"]
+__all__ = ["GenerateOutput", "GenerationMixin", "Streamer", "check_ids", "decode", "penalize_repetition", "sample"]
 
 
 class Streamer(Protocol):
@@ -153,23 +155,51 @@ def _decoding_step(
     return model._decoding_graph
 
 
-def _check(input_ids: Tensor, max_length: int, table: int, vocab_size: int | None) -> None:
+def check_ids(name: str, ids: Tensor, size: int) -> None:
+    """Raise ValueError unless ids are integers from 0 to ``size - 1``."""
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"{name}: expected integer ids, got {ids.dtype}")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: expected ids from 0 to {size - 1}, got {low if low < 0 else high}")
+
+
+def _check(
+    input_ids: Tensor, max_length: int, table: int, vocab_size: int | None, teacher_outputs: Tensor | None
+) -> None:
+    """Raise ValueError unless there is something to continue, and room for it."""
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: expected (B, L), got shape {tuple(input_ids.shape)}")
     if input_ids.numel() == 0:
         raise ValueError("input_ids: expected a prompt of at least one token, got none")
-    if input_ids.is_floating_point():
-        raise ValueError(f"input_ids: expected integer ids, got {input_ids.dtype}")
     if input_ids.shape[1] >= max_length:
         raise ValueError(
             f"max_length: expected more than the {input_ids.shape[1]} tokens of the prompt, got {max_length}"
         )
     if vocab_size is not None and not 0 < vocab_size <= table:
-        raise ValueError(f"vocab_size: expected at most the {table} rows of the embedding, got {vocab_size}")
-    low, high = int(input_ids.min()), int(input_ids.max())
-    size = vocab_size or table
-    if low < 0 or high >= size:
-        raise ValueError(f"input_ids: expected ids from 0 to {size - 1}, got {low if low < 0 else high}")
+        raise ValueError(f"vocab_size: expected 1 to the {table} rows of the embedding, got {vocab_size}")
+    check_ids("input_ids", input_ids, vocab_size or table)
+    if teacher_outputs is not None:
+        if teacher_outputs.dim() != 2 or teacher_outputs.shape[0] != input_ids.shape[0]:
+            raise ValueError(
+                f"teacher_outputs: expected (B, L) with B = {input_ids.shape[0]}, got shape "
+                f"{tuple(teacher_outputs.shape)}"
+            )
+        check_ids("teacher_outputs", teacher_outputs, vocab_size or table)
+
+
+@contextmanager
+def _timed(enabled: bool, device: torch.device) -> Iterator[None]:
+    """Print how long the block took, prompt and decoding together."""
+    if not enabled:
+        yield
+        return
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    began = time.perf_counter()
+    yield
+    synchronize()
+    print(f"Prompt processing + decoding time: {1000 * (time.perf_counter() - began):.0f}ms")
 
 
 @torch.inference_mode()
@@ -185,44 +215,44 @@ def decode(
     eos_token_id: int | None = None,
     teacher_outputs: Tensor | None = None,
     vocab_size: int | None = None,
-    streamer: Streamer | None = None,
     cg: bool = False,
+    enable_timing: bool = False,
     output_scores: bool = False,
+    streamer: Streamer | None = None,
     generator: torch.Generator | None = None,
 ) -> GenerateOutput:
     """Generate with a cache; see :meth:`GenerationMixin.generate`."""
-    table = model.config.padded_vocab_size
-    _check(input_ids, max_length, table, vocab_size)
-    batch, prompt = input_ids.shape
+    _check(input_ids, max_length, model.config.padded_vocab_size, vocab_size, teacher_outputs)
     if cg and input_ids.device.type != "cuda":
         raise ValueError(f"cg: expected a CUDA device for CUDA graphs, got {input_ids.device.type}")
+    batch, prompt = input_ids.shape
     parameters, step = _decoding_step(model, batch, max_length, cg)
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
     sequences, scores = input_ids, []
     finished = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-    logits = model(input_ids, inference_params=parameters, num_last_tokens=1).logits.squeeze(1)
-    parameters.seqlen_offset += prompt
-    while True:
-        if vocab_size is not None:
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    with _timed(enable_timing, input_ids.device):
+        logits = model(input_ids, inference_params=parameters, num_last_tokens=1).logits.squeeze(1)
+        parameters.seqlen_offset += prompt
+        while True:
             logits = logits[:, :vocab_size]
-        if output_scores:
-            scores.append(logits.clone())
-        if teacher_outputs is not None and sequences.shape[1] < teacher_outputs.shape[1]:
-            tokens = teacher_outputs[:, sequences.shape[1]]
-        else:
-            penalized = penalize_repetition(logits, sequences, repetition_penalty)
-            tokens = sample(penalized, top_k, top_p, min_p, temperature, generator)
-        if eos_token_id is not None:
-            tokens = torch.where(finished, eos_token_id, tokens)
-            finished |= tokens == eos_token_id
-        sequences = torch.cat([sequences, tokens.unsqueeze(1)], dim=1)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        if sequences.shape[1] >= max_length or (eos_token_id is not None and bool(finished.all())):
-            break
-        logits = step(tokens)
-        parameters.seqlen_offset += 1
+            if output_scores:
+                scores.append(logits.clone())
+            if teacher_outputs is not None and sequences.shape[1] < teacher_outputs.shape[1]:
+                tokens = teacher_outputs[:, sequences.shape[1]]
+            else:
+                penalized = penalize_repetition(logits, sequences, repetition_penalty)
+                tokens = sample(penalized, top_k, top_p, min_p, temperature, generator)
+            if eos_token_id is not None:
+                tokens = torch.where(finished, eos_token_id, tokens)
+                finished |= tokens == eos_token_id
+            sequences = torch.cat([sequences, tokens.unsqueeze(1)], dim=1)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            if sequences.shape[1] >= max_length or (eos_token_id is not None and bool(finished.all())):
+                break
+            logits = step(tokens)
+            parameters.seqlen_offset += 1
     if streamer is not None:
         streamer.end()
     return GenerateOutput(sequences, tuple(scores) if output_scores else None)
@@ -258,7 +288,8 @@ class GenerationMixin:
             output_scores: Keep the logits of each step in it.
             **kwargs: ``repetition_penalty``; ``eos_token_id`` ends a sequence; ``teacher_outputs`` (B, L) forces
                 tokens; ``vocab_size`` keeps padding rows of the embedding from being sampled; ``streamer`` receives
-                tokens; ``cg`` captures the step as a CUDA graph; ``generator`` is the source of randomness.
+                tokens; ``cg`` captures the step as a CUDA graph; ``enable_timing`` prints the time taken;
+                ``generator`` is the source of randomness.
 
         Returns:
             ``(B, length)`` token ids, or a :class:`GenerateOutput`.

@@ -206,7 +206,9 @@ class Mamba(nn.Module):
         )  # fmt: skip
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
 
-    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None) -> tuple[Tensor, Tensor]:
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype=None, **_kwargs
+    ) -> tuple[Tensor, Tensor]:
         """Return zero convolution ``(B, D, d_conv - 1)`` and SSM ``(B, D, N)`` states; the latter is float32."""
         weight = self.conv1d.weight
         conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv - 1, dtype=dtype)

@@ -286,7 +286,9 @@ class Mamba2(nn.Module):
         )  # fmt: skip
         return self.out_proj(self._finish(y, z, gate, value)).unsqueeze(1), conv_state, ssm_state
 
-    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None) -> tuple[Tensor, Tensor]:
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype=None, **_kwargs
+    ) -> tuple[Tensor, Tensor]:
         """Return zero convolution and SSM states; the latter, ``(B, H, P, N)``, is float32."""
         weight = self.conv1d.weight
         conv_state = weight.new_zeros(batch_size, weight.shape[0], self.d_conv - 1, dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import namedtuple
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from torch import Tensor
 from . import checkpoint
 from .attention import MHA, GatedMLP
 from .config import MambaConfig
-from .generation import GenerationMixin
+from .generation import GenerationMixin, check_ids
 from .inference import InferenceParams
 from .mamba import Mamba
 from .mamba2 import Mamba2
-from .norms import LayerNorm, RMSNorm, add_norm
+from .norms import RMSNorm, add_norm
 from .state_space import S4DMixer
 
-__all__ = ["Block", "CausalLMOutput", "MambaLMHeadModel", "MixerModel"]
+__all__ = ["Block", "CausalLMOutput", "MambaLMHeadModel", "MixerModel", "create_block"]
 
 _MIXERS = {"Mamba1": Mamba, "Mamba2": Mamba2, "S4D": S4DMixer}
+_PUBLISHED_SCALE = {"n_residuals_per_layer": 1}
+"""The published hybrids count one residual branch a layer although their MLPs make it two."""
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 
@@ -44,7 +47,13 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, dim: int, mixer_cls, mlp_cls=nn.Identity, norm_cls=LayerNorm, fused_add_norm=True, residual_in_fp32=False
+        self,
+        dim: int,
+        mixer_cls: Callable[[int], nn.Module],
+        mlp_cls: Callable[[int], nn.Module] = nn.Identity,
+        norm_cls: Callable[[int], nn.Module] = nn.LayerNorm,
+        fused_add_norm: bool = False,
+        residual_in_fp32: bool = False,
     ) -> None:
         super().__init__()
         self.residual_in_fp32 = residual_in_fp32
@@ -86,17 +95,39 @@ class Block(nn.Module):
         return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
 
-def _create_block(config: MambaConfig, layer_idx: int, dd: dict[str, Any]) -> Block:
-    ssm_cfg = {name: value for name, value in config.ssm_cfg.items() if name != "layer"}
-    if layer_idx in config.attn_layer_idx:
-        mixer = partial(MHA, layer_idx=layer_idx, **config.attn_cfg, **dd)
+def create_block(
+    d_model: int,
+    d_intermediate: int,
+    ssm_cfg: dict[str, Any] | None = None,
+    attn_layer_idx: Sequence[int] | None = None,
+    attn_cfg: dict[str, Any] | None = None,
+    norm_epsilon: float = 1e-5,
+    rms_norm: bool = False,
+    residual_in_fp32: bool = False,
+    fused_add_norm: bool = False,
+    layer_idx: int | None = None,
+    device=None,
+    dtype=None,
+) -> Block:
+    """Create a layer; see :class:`MixerModel` for the arguments.
+
+    Raises:
+        ValueError: ``ssm_cfg["layer"]`` is unknown.
+    """
+    dd = {"device": device, "dtype": dtype}
+    ssm_cfg = dict(ssm_cfg or {})
+    kind = ssm_cfg.pop("layer", "Mamba1")
+    if kind not in _MIXERS:
+        raise ValueError(f"ssm_cfg: expected layer 'Mamba1', 'Mamba2' or 'S4D', got {kind!r}")
+    if layer_idx in (attn_layer_idx or ()):
+        mixer = partial(MHA, layer_idx=layer_idx, **(attn_cfg or {}), **dd)
     else:
-        mixer = partial(_MIXERS[config.layer], layer_idx=layer_idx, **ssm_cfg, **dd)
+        mixer = partial(_MIXERS[kind], layer_idx=layer_idx, **ssm_cfg, **dd)
     mlp = nn.Identity
-    if config.d_intermediate:
-        mlp = partial(GatedMLP, hidden_features=config.d_intermediate, out_features=config.d_model, **dd)
-    norm = partial(RMSNorm if config.rms_norm else LayerNorm, **dd)
-    return Block(config.d_model, mixer, mlp, norm, config.fused_add_norm, config.residual_in_fp32)
+    if d_intermediate:
+        mlp = partial(GatedMLP, hidden_features=d_intermediate, out_features=d_model, **dd)
+    norm = partial(RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, **dd)
+    return Block(d_model, mixer, mlp, norm, fused_add_norm, residual_in_fp32)
 
 
 @torch.no_grad()
@@ -110,8 +141,6 @@ def _init_weights(
     """Initialise as the published models were.
 
     The last layers of residual branches are scaled by 1 / sqrt(n_residuals_per_layer * n_layer) (Radford et al. 2019).
-    The published hybrids count one residual branch a layer although their MLPs make it two; pass 2 for the intended
-    scale.
     """
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear):
@@ -128,18 +157,56 @@ class MixerModel(nn.Module):
     """Embedding, layers and the last norm.
 
     Args:
-        config: The model's configuration.
+        d_model: Width.
+        n_layer: Layers.
+        d_intermediate: Width of the gated MLP after each mixer; 0 for none.
+        vocab_size: Rows of the embedding.
+        ssm_cfg: ``layer`` (``"Mamba1"``, ``"Mamba2"``, or ``"S4D"`` for comparisons) and that block's arguments.
+        attn_layer_idx: Layers that are attention instead.
+        attn_cfg: Their arguments.
+        norm_epsilon: Added to the mean square (variance) in the norms.
+        rms_norm: RMSNorm instead of LayerNorm.
+        initializer_cfg: Arguments of the initialisation: ``initializer_range``, ``rescale_prenorm_residual``,
+            ``n_residuals_per_layer`` (1, and 2 with MLPs, if absent).
+        fused_add_norm: Kept for compatibility: the addition is always fused with the norm.
+        residual_in_fp32: Keep the residual stream in float32.
         device: Where to create the parameters.
         dtype: Their dtype.
+
+    Source:
+        Interface and state-dict layout of mamba_ssm 2.3.
     """
 
-    def __init__(self, config: MambaConfig, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        n_layer: int,
+        d_intermediate: int,
+        vocab_size: int,
+        ssm_cfg: dict[str, Any] | None = None,
+        attn_layer_idx: Sequence[int] | None = None,
+        attn_cfg: dict[str, Any] | None = None,
+        norm_epsilon: float = 1e-5,
+        rms_norm: bool = False,
+        initializer_cfg: dict[str, Any] | None = None,
+        fused_add_norm: bool = False,
+        residual_in_fp32: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.residual_in_fp32 = config.residual_in_fp32
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **dd)
-        self.layers = nn.ModuleList([_create_block(config, index, dd) for index in range(config.n_layer)])
-        self.norm_f = (RMSNorm if config.rms_norm else LayerNorm)(config.d_model, **dd)
+        self.residual_in_fp32 = residual_in_fp32
+        self.embedding = nn.Embedding(vocab_size, d_model, **dd)
+        block = partial(
+            create_block, d_model, d_intermediate, ssm_cfg, attn_layer_idx, attn_cfg, norm_epsilon, rms_norm,
+            residual_in_fp32, fused_add_norm, **dd,
+        )  # fmt: skip
+        self.layers = nn.ModuleList([block(layer_idx=index) for index in range(n_layer)])
+        self.norm_f = (RMSNorm if rms_norm else nn.LayerNorm)(d_model, eps=norm_epsilon, **dd)
+        if not self.embedding.weight.is_meta:
+            residuals = {"n_residuals_per_layer": 2 if d_intermediate else 1}
+            _init_weights(self, n_layer, **(residuals | (initializer_cfg or {})))
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs) -> dict[int, Any]:
         """Return every layer's empty states by layer index."""
@@ -168,7 +235,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
     Args:
         config: Its configuration.
         initializer_cfg: Arguments of the initialisation: ``initializer_range``, ``rescale_prenorm_residual``,
-            ``n_residuals_per_layer``.
+            ``n_residuals_per_layer`` (1 as in the published hybrids, although MLPs make it 2).
         device: Where to create the parameters.
         dtype: Their dtype.
 
@@ -181,10 +248,14 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
     ) -> None:
         super().__init__()
         self.config = config
-        self.backbone = MixerModel(config, device=device, dtype=dtype)
-        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False, device=device, dtype=dtype)
-        if not self.lm_head.weight.is_meta:
-            _init_weights(self, config.n_layer, **(initializer_cfg or {}))
+        dd = {"device": device, "dtype": dtype}
+        self.backbone = MixerModel(
+            config.d_model, config.n_layer, config.d_intermediate, config.padded_vocab_size, config.ssm_cfg,
+            config.attn_layer_idx, config.attn_cfg, rms_norm=config.rms_norm,
+            initializer_cfg=_PUBLISHED_SCALE | (initializer_cfg or {}), fused_add_norm=config.fused_add_norm,
+            residual_in_fp32=config.residual_in_fp32, **dd,
+        )  # fmt: skip
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False, **dd)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -217,10 +288,12 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
             ``logits``, ``(B, L, padded vocabulary)``.
 
         Raises:
-            ValueError: There are no tokens.
+            ValueError: There are no tokens, or (on a CPU, where looking costs nothing) ids outside of the vocabulary.
         """
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(f"input_ids: expected (B, L) with at least one token, got shape {tuple(input_ids.shape)}")
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_ids("input_ids", input_ids, self.config.padded_vocab_size)
         hidden_states = self.backbone(input_ids, inference_params=inference_params, **mixer_kwargs)
         if num_last_tokens > 0:
             hidden_states = hidden_states[:, -num_last_tokens:]

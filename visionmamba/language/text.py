@@ -39,10 +39,15 @@ def load_tokenizer(model: str, tokenizer: str | None = None) -> Tokenizer:
     if tokenizer is not None and Path(tokenizer).is_file():
         return Tokenizer.from_file(tokenizer)
     for name in [tokenizer] if tokenizer is not None else [model, PUBLISHED_TOKENIZER]:
-        path = Source(name).path("tokenizer.json")
+        source = Source(name)
+        path = source.path("tokenizer.json")
         if path is not None:
             return Tokenizer.from_file(str(path))
-    raise FileNotFoundError(f"{tokenizer or model}: no tokenizer.json")
+    if tokenizer is not None:
+        raise source.missing("no tokenizer.json")
+    raise FileNotFoundError(
+        f"{model}: no tokenizer.json, and {PUBLISHED_TOKENIZER}'s, the published models', cannot be had from the hub"
+    )
 
 
 class TextStreamer:

@@ -8,6 +8,7 @@ from .causal_conv1d import (
     causal_conv1d_update,
     causal_conv1d_varlen_states,
 )
+from .mamba_inner import mamba_inner_fn
 from .norm import layer_norm_fn, layernorm_fn, rms_norm_fn, rmsnorm_fn
 from .scan_path import ScanPath, padded_grid, scan_path
 from .selective_scan import path_scan_reference, selective_scan, selective_scan_fn, selective_scan_ref
@@ -27,6 +28,7 @@ __all__ = [
     "layer_norm_fn",
     "layernorm_fn",
     "mamba_chunk_scan_combined",
+    "mamba_inner_fn",
     "mamba_split_conv1d_scan_combined",
     "padded_grid",
     "path_scan_reference",

@@ -353,6 +353,23 @@ def layer_norm_fn(
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def rms_norm_fn(x: Tensor, weight: Tensor, bias: Tensor | None, **options) -> Tensor | tuple[Tensor, ...]:
-    """Apply :func:`layer_norm_fn` with RMSNorm; ``options`` are its other arguments."""
-    return layer_norm_fn(x, weight, bias, **options, is_rms_norm=True)
+def rms_norm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    zero_centered_weight: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Apply :func:`layer_norm_fn` with RMSNorm; see there for the arguments."""
+    return layer_norm_fn(
+        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32,
+        zero_centered_weight, is_rms_norm=True,
+    )  # fmt: skip
