@@ -30,7 +30,7 @@ def _save(figure: plt.Figure, name: str) -> None:
 
 
 def memories() -> None:
-    """The signal, and what each memory of 24 numbers knows of it at the end."""
+    """The signal, and what each memory of 25 numbers knows of it at the end."""
     length = 1500
     times = (torch.arange(length, dtype=torch.float64) + 0.5) / length
     signal = _signal(times)

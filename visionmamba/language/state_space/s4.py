@@ -288,6 +288,6 @@ class S4DMixer(nn.Module):
             y = self.ssm(u)
         return self.out_proj(F.gelu(y))
 
-    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None) -> Tensor:
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **_kwargs) -> Tensor:
         """Return a zero state, ``(B, H, N, 2)``."""
         return torch.view_as_real(self.ssm.initial_state(batch_size))
