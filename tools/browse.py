@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from visionmamba.openmmlab.pictures import browse
-from visionmamba.openmmlab.runner import add_config_arguments, load_config
+from visionmamba.openmmlab.runner import add_config_arguments, load_config, one_sentence
 
 
 def main() -> None:
@@ -17,7 +17,8 @@ def main() -> None:
     parser.add_argument("--split", choices=["train", "val", "test"], default="train")
     parser.add_argument("--count", type=int, default=20, help="how many (20)")
     options = parser.parse_args()
-    paths = browse(load_config(options.config, options.cfg_options), options.out, options.split, options.count)
+    with one_sentence(parser, building=True):
+        paths = browse(load_config(options.config, options.cfg_options), options.out, options.split, options.count)
     print(f"{len(paths)} pictures in {options.out}")
 
 

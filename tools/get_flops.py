@@ -9,7 +9,7 @@ import argparse
 import json
 
 from visionmamba.openmmlab.complexity import complexity
-from visionmamba.openmmlab.runner import load_config
+from visionmamba.openmmlab.runner import load_config, one_sentence
 
 _SIZES = {"mmdet": (800, 1280), "mmseg": (512, 2048)}
 
@@ -29,9 +29,10 @@ def main() -> None:
     options = parser.parse_args()
     results = []
     for name in options.configs:
-        config = load_config(name)
-        height, width = options.shape or _SIZES[config.get("default_scope", "mmdet")]
-        results.append({"config": name, "input": [3, height, width], **complexity(config, (height, width))})
+        with one_sentence(parser, building=True):
+            config = load_config(name)
+            height, width = options.shape or _SIZES[config.get("default_scope", "mmdet")]
+            results.append({"config": name, "input": [3, height, width], **complexity(config, (height, width))})
     if options.json:
         print(json.dumps(results, indent=1))
         return

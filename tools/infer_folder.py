@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from visionmamba.openmmlab.pictures import predict_folder
-from visionmamba.openmmlab.runner import add_config_arguments, load_config
+from visionmamba.openmmlab.runner import add_config_arguments, checked_checkpoint, load_config, one_sentence
 
 
 def main() -> int:
@@ -27,15 +27,14 @@ def main() -> int:
     parser.add_argument("--score-thr", type=float, default=0.3, help="least score of a detection (0.3)")
     options = parser.parse_args()
     failed = 0
-    try:
+    with one_sentence(parser, building=True):
         config = load_config(options.config, options.cfg_options)
-        for path, problem in predict_folder(
-            config, options.checkpoint, options.images, options.out, options.device, options.score_thr
-        ):
+        checkpoint = checked_checkpoint(options.checkpoint)
+    with one_sentence(parser):
+        results = predict_folder(config, checkpoint, options.images, options.out, options.device, options.score_thr)
+        for path, problem in results:
             failed += problem is not None
             print(f"{path}: {problem or 'done'}", file=sys.stderr if problem else sys.stdout)
-    except FileNotFoundError as error:
-        parser.error(str(error))
     return int(failed > 0)
 
 

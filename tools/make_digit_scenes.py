@@ -201,7 +201,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         make_digit_scenes(**vars(options))
-    except (FileExistsError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
 

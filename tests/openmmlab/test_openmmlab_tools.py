@@ -193,3 +193,40 @@ def test_two_processes_train_without_a_gpu(scenes, tmp_path):
     assert "GPU number: 2" in output
     assert output.count("mIoU: ") == 1
     assert (tmp_path / "work/iter_2.pth").is_file()
+
+
+def refusal(capsys, main, *arguments):
+    """Return what a tool says as it ends because of its arguments."""
+    with pytest.raises(SystemExit) as error:
+        main("A tool.", list(map(str, arguments)))
+    assert error.value.code in (1, 2)
+    return capsys.readouterr().err.splitlines()[-1].partition(" error: ")[2]
+
+
+def test_wrong_arguments_end_in_one_sentence(scenes, tmp_path, capsys):
+    pytest.importorskip("visionmamba.openmmlab", reason=_REASON, exc_type=ImportError)
+    from visionmamba.openmmlab.runner import test_main as evaluate
+    from visionmamba.openmmlab.runner import train_main as train
+
+    work = ("--work-dir", tmp_path / "work")
+    small = ("model.backbone.model_name=test_vmamba", "model.neck.in_channels=[24,48,64,96]")
+    assert refusal(capsys, train, "nowhere.py").startswith("nowhere.py: no such config; expected a path")
+    assert refusal(capsys, train, "nothing::a/b.py").startswith("nothing::a/b.py: expected mmdet::... or mmseg::...")
+    said = refusal(capsys, train, DETECTION, *work, "--cfg-options", "train_dataloder.batch_size=2")
+    assert said.startswith("--cfg-options: no config has a 'train_dataloder'")
+    assert "did you mean train_dataloader?" in said
+    assert refusal(capsys, train, DETECTION, *work, "--cfg-options", "batch").endswith(
+        "expected NAME=VALUE, got 'batch'"
+    )
+    said = refusal(capsys, train, DETECTION, *work, "--cfg-options", "model.backbone.model_name=vmamba_tinny")
+    assert said.startswith("model_name: expected a model of images such as vmamba_tiny")
+    said = refusal(capsys, train, DETECTION, *work, "--cfg-options", *small, "train_dataloader.dataset.data_root=lost/")
+    assert "No such file or directory: 'lost/train/annotations.json'" in said
+    assert "Traceback" not in said
+    (tmp_path / "part.pth").write_bytes(b"PK\x03\x04 the beginning")
+    for name, message in (
+        ("part.pth", "not a readable checkpoint, perhaps truncated"),
+        ("none.pth", "no such checkpoint"),
+    ):
+        said = refusal(capsys, evaluate, DETECTION, tmp_path / name, *work, "--cfg-options", *small)
+        assert said.startswith(f"{tmp_path / name}: {message}")

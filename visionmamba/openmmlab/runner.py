@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
+import inspect
 import os
+import pickle
+import traceback
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +20,56 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
-__all__ = ["add_config_arguments", "build_model", "build_runner", "load_config", "test_main", "train_main"]
+from ..cli._common import one_line
+from ..models._checkpoint import CheckpointError
+
+__all__ = [
+    "add_config_arguments",
+    "build_model",
+    "build_runner",
+    "checked_checkpoint",
+    "load_config",
+    "one_sentence",
+    "test_main",
+    "train_main",
+]
+
+_OTHER_SECTIONS = ("find_unused_parameters", "model_wrapper_cfg", "runner_type", "tta_model", "tta_pipeline")
+"""What a config may hold beside the Runner's arguments."""
+
+
+@contextlib.contextmanager
+def one_sentence(parser: argparse.ArgumentParser, building: bool = False) -> Iterator[None]:
+    """End the process with one sentence, not a traceback, where a file or a value that the user gave is at fault.
+
+    Args:
+        parser: Of the command line.
+        building: Whether the block only reads and builds what the user describes, so that every exception says that
+            the description is wrong; otherwise it is only files that may be at fault.
+
+    Raises:
+        SystemExit: With status 1, or 130 when interrupted.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
+    except Exception as error:
+        if not building and not isinstance(error, OSError | CheckpointError):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        kind = "" if isinstance(error, OSError) else f" ({type(error).__name__}, {place.filename}:{place.lineno})"
+        parser.exit(1, f"{parser.prog}: error: {one_line(error)}{kind}\n")
+
+
+def _check_sections(config: Config, options: dict[str, Any]) -> None:
+    known = {*config, *inspect.signature(Runner).parameters, *_OTHER_SECTIONS}
+    for name in options:
+        section = name.partition(".")[0]
+        if section not in known:
+            near = difflib.get_close_matches(section, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--cfg-options: no config has a {section!r}, got {name}{hint}")
 
 
 def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
@@ -25,9 +81,12 @@ def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
 
     Raises:
         FileNotFoundError: There is no such file.
+        ValueError: The package is another, or an option is of a section that no config has.
     """
     package, separator, relative = name.partition("::")
     if separator:
+        if package not in ("mmdet", "mmseg"):
+            raise ValueError(f"{name}: expected mmdet::... or mmseg::..., got {package}")
         try:
             name, _ = Config._get_cfg_path(name, "")
             missing = not Path(name).is_file()
@@ -39,6 +98,7 @@ def load_config(name: str, options: dict[str, Any] | None = None) -> Config:
         raise FileNotFoundError(f"{name}: no such config; expected a path, or a name such as mmdet::swin/...py")
     config = Config.fromfile(name)
     if options:
+        _check_sections(config, options)
         config.merge_from_dict(options)
     return config
 
@@ -81,11 +141,21 @@ def build_runner(config: Config) -> Runner:
     return RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
 
 
+class _Options(DictAction):
+    """mmengine's reading of NAME=VALUE, which names what is not of that form."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"{option_string}: expected NAME=VALUE, got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that every tool has."""
     parser.add_argument("config", help="path of a config, or mmdet::... or mmseg::... of an installed package")
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, metavar="NAME=VALUE", help="values to change in the config"
+        "--cfg-options", nargs="+", action=_Options, metavar="NAME=VALUE", help="values to change in the config"
     )
 
 
@@ -96,6 +166,27 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
     parser.add_argument("--local-rank", "--local_rank", type=int, default=0, help="given by some launchers")
     return parser
+
+
+def checked_checkpoint(checkpoint: str) -> str:
+    """Return a checkpoint's path or address, if a path after a look at the file: mmengine's errors do not name it.
+
+    Args:
+        checkpoint: Path, or an address as mmengine knows them: ``https://...``, ``s3://...``.
+
+    Raises:
+        FileNotFoundError: It is a path, and there is no such file.
+        CheckpointError: The file is none that ``torch.save`` writes, or only a part of one.
+    """
+    if "://" in checkpoint:
+        return checkpoint
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"{checkpoint}: no such checkpoint")
+    with open(checkpoint, "rb") as file:
+        pickled = file.read(1) == pickle.PROTO  # as before PyTorch 1.6
+    if not pickled and not zipfile.is_zipfile(checkpoint):
+        raise CheckpointError(f"{checkpoint}: not a readable checkpoint, perhaps truncated")
+    return checkpoint
 
 
 def _prepare(options: argparse.Namespace) -> Config:
@@ -120,18 +211,23 @@ def train_main(description: str, arguments: list[str] | None = None) -> None:
         "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="go on from the last, or a given, checkpoint"
     )
     options = parser.parse_args(arguments)
-    config = _prepare(options)
-    if options.amp:
-        config.optim_wrapper.type = "AmpOptimWrapper"
-        config.optim_wrapper.setdefault("loss_scale", "dynamic")
-    if options.auto_scale_lr:
-        if "base_batch_size" not in config.get("auto_scale_lr", {}):
-            parser.error("--auto-scale-lr: the config has no auto_scale_lr.base_batch_size")
-        config.auto_scale_lr.enable = True
-    if options.resume:
-        config.resume = True
-        config.load_from = None if options.resume == "auto" else options.resume
-    build_runner(config).train()
+    with one_sentence(parser, building=True):
+        config = _prepare(options)
+        if options.amp:
+            config.optim_wrapper.type = "AmpOptimWrapper"
+            config.optim_wrapper.setdefault("loss_scale", "dynamic")
+        if options.auto_scale_lr:
+            if "base_batch_size" not in config.get("auto_scale_lr", {}):
+                parser.error("--auto-scale-lr: the config has no auto_scale_lr.base_batch_size")
+            config.auto_scale_lr.enable = True
+        if options.resume:
+            config.resume = True
+            config.load_from = None if options.resume == "auto" else checked_checkpoint(options.resume)
+        runner = build_runner(config)
+        _ = runner.train_loop, runner.val_loop  # reads the data sets
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    with one_sentence(parser):
+        runner.train()
 
 
 def test_main(description: str, arguments: list[str] | None = None) -> dict[str, float]:
@@ -149,19 +245,23 @@ def test_main(description: str, arguments: list[str] | None = None) -> dict[str,
     parser.add_argument("--show-dir", help="where to save drawn predictions")
     parser.add_argument("--tta", action="store_true", help="average over flipped and rescaled images")
     options = parser.parse_args(arguments)
-    config = _prepare(options)
-    config.load_from = options.checkpoint
-    if options.show_dir:
-        hook = config.default_hooks.visualization
-        hook.draw = True
-        if config.get("default_scope") == "mmdet":
-            hook.test_out_dir = options.show_dir
-        else:
-            config.visualizer.save_dir = options.show_dir
-    if options.tta:
-        if "tta_model" not in config or "tta_pipeline" not in config:
-            parser.error("--tta: the config has no tta_model and tta_pipeline")
-        config.test_dataloader.dataset.pipeline = config.tta_pipeline
-        config.tta_model.module = config.model
-        config.model = config.tta_model
-    return build_runner(config).test()
+    with one_sentence(parser, building=True):
+        config = _prepare(options)
+        config.load_from = checked_checkpoint(options.checkpoint)
+        if options.show_dir:
+            hook = config.default_hooks.visualization
+            hook.draw = True
+            if config.get("default_scope") == "mmdet":
+                hook.test_out_dir = options.show_dir
+            else:
+                config.visualizer.save_dir = options.show_dir
+        if options.tta:
+            if "tta_model" not in config or "tta_pipeline" not in config:
+                parser.error("--tta: the config has no tta_model and tta_pipeline")
+            config.test_dataloader.dataset.pipeline = config.tta_pipeline
+            config.tta_model.module = config.model
+            config.model = config.tta_model
+        runner = build_runner(config)
+        _ = runner.test_loop  # reads the data set
+    with one_sentence(parser):
+        return runner.test()

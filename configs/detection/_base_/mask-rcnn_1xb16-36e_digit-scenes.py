@@ -1,6 +1,10 @@
-"""Mask R-CNN on the digit scenes of ``tools/make_digit_scenes.py``, trained from scratch on one GPU."""
+"""Mask R-CNN on the digit scenes, trained from scratch on one GPU."""
 
-_base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
+_base_ = [
+    "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
+    "mmdet::_base_/default_runtime.py",
+    "../../_base_/digit_scenes.py",
+]
 custom_imports = dict(imports=["visionmamba.openmmlab"], allow_failed_imports=False)
 
 few_proposals = dict(nms_pre=500, max_per_img=200)  # a scene has at most six digits
@@ -14,11 +18,9 @@ model = dict(
 
 load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True, with_mask=True)]
 resize = dict(type="Resize", scale=(256, 256), keep_ratio=True)
-scenes = dict(type="CocoDataset", data_root="data/digit_scenes/", metainfo=dict(classes=tuple("0123456789")))
+pack = dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"))
+scenes = dict(type="CocoDataset", metainfo=dict(classes=tuple("0123456789")))
 train_dataloader = dict(
-    batch_size=16,
-    num_workers=8,
-    persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(
         scenes,
@@ -27,12 +29,7 @@ train_dataloader = dict(
         pipeline=[*load, resize, dict(type="PackDetInputs")],
     ),
 )
-pack = dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"))
 val_dataloader = dict(
-    batch_size=8,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         scenes,
         ann_file="val/annotations.json",
@@ -42,19 +39,11 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type="CocoMetric", ann_file=scenes["data_root"] + "val/annotations.json", metric=["bbox", "segm"])
+val_evaluator = dict(type="CocoMetric", ann_file="data/digit_scenes/val/annotations.json", metric=["bbox", "segm"])
 test_evaluator = val_evaluator
 
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=36, val_interval=6)
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")
-optim_wrapper = dict(
-    type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=3e-4, weight_decay=0.05),
-    clip_grad=dict(max_norm=5.0),
-)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=200),
     dict(type="CosineAnnealingLR", T_max=36, eta_min=3e-6, by_epoch=True, convert_to_iter_based=True),
 ]
-randomness = dict(seed=0)
