@@ -34,7 +34,7 @@ if [ -n "$tiny" ]; then
   det_small=("${small[@]}" "train_dataloader.dataset.pipeline.2.scale=(96,96)" "val_dataloader.dataset.pipeline.1.scale=(96,96)")
   seg_small=("${small[@]}" "model.data_preprocessor.size=(96,96)")
 else
-  det_scenes=(--workers 12) bench=() seconds=${TIME:-180} short=4 interval=10 small=() det_small=()
+  det_scenes=(--workers 12) bench=() seconds=${TIME:-180} short=2 interval=10 small=() det_small=()
   seg_small=(optim_wrapper.dtype=bfloat16 --amp) # after --cfg-options' values: mixed precision
 fi
 [ -d "$scenes" ] || run scenes "$python" tools/make_digit_scenes.py "$scenes" "${det_scenes[@]}" || exit 1
@@ -69,17 +69,17 @@ for part in $parts; do
     seg)
       train seg seg "$main_seg" custom_hooks.0.seconds="$seconds" "${seg_small[@]}" && pictures seg
       run seg_report "$python" tools/training_report.py "$report/seg_curves" "$work/seg" ;;
-    families) # one model of each other family, 500 steps: the loss has to fall
-      works=()
+    families) # one model of each other family, all at a time, 500 steps of 8 images: the loss has to fall
+      works=() trainings=()
       for config in "$det_configs"/*36e*.py; do
         name=$(basename "$config" _1xb16-36e_digit-scenes.py)
         [ "$name" = mask-rcnn_vmamba-t-s1l8_fpn ] && continue
-        train det "$name" "$config" "${anns[@]}" "${det_small[@]}" train_cfg.max_epochs="$short" \
-          train_cfg.val_interval="$short" param_scheduler.1.T_max="$short" default_hooks.checkpoint.max_keep_ckpts=1 &
-        works+=("$work/$name")
-        [ $((${#works[@]} % 3)) -eq 0 ] && wait
+        train det "$name" "$config" "${anns[@]}" train_dataloader.batch_size=8 "${det_small[@]}" \
+          train_cfg.max_epochs="$short" train_cfg.val_interval="$short" param_scheduler.1.T_max="$short" \
+          default_hooks.checkpoint.max_keep_ckpts=1 &
+        works+=("$work/$name") trainings+=($!)
       done
-      wait
+      for training in "${trainings[@]}"; do wait "$training" || status=1; done
       run families_report "$python" tools/training_report.py "$report/families" "${works[@]}" ;;
     *) echo "$part: not a part; expected ops, bench, det, seg or families" >&2; exit 2 ;;
   esac
