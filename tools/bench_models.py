@@ -35,6 +35,7 @@ import torch
 
 import visionmamba
 from visionmamba._files import replacing
+from visionmamba._text import one_line
 from visionmamba.analysis.bench import create_for_size
 from visionmamba.analysis.environment import environment
 
@@ -118,7 +119,7 @@ def peak_gib(step: Step) -> float:
 
 def failure(error: Exception) -> str:
     """Return an error as one line."""
-    return f"{type(error).__name__}: " + " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {one_line(error, 200)}"
 
 
 def measure(

@@ -2,6 +2,9 @@
 
 import csv
 import errno
+import multiprocessing
+import os
+import signal
 from dataclasses import fields
 
 import pytest
@@ -37,6 +40,26 @@ def test_precisions_train(precision, digits, tmp_path):
     row = _trainer(digits, tmp_path, precision=precision, grad_checkpointing=True, epochs=2).run()
     assert row["train_loss"] < 2.4
     assert row["nonfinite"] == 0
+
+
+def test_ctrl_c_saves_first(digits, tmp_path, monkeypatch, capfd):
+    take_step = Trainer._take_step
+
+    def interrupted(trainer, *arguments):
+        if trainer.step == 1:
+            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                os.kill(process.pid, signal.SIGINT)  # as a terminal does
+        return take_step(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "_take_step", interrupted)
+    words = [f"{key}={value}" for key, value in {**SHORT, "scale": [0.7, 1], "data": digits, "out": tmp_path}.items()]
+    assert main([*words, "workers=1"]) == 130
+    assert capfd.readouterr().err.splitlines()[1:] == [
+        "stopping after the next step and saving; Ctrl-C again stops at once",
+        f"stopped by SIGINT after step 2; saved {tmp_path / 'checkpoint-2.pt'}",
+    ]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert _trainer(digits, tmp_path).resume()
 
 
 def test_accumulated_passes_make_the_step_of_a_whole_batch(digits, tmp_path):

@@ -316,11 +316,25 @@ def test_processes_that_do_not_divide_the_batch(digits):
         Trainer(TrainConfig(**TINY, data=str(digits)), World(0, 3, torch.device("cpu")))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(opt="adamm"), "opt: unknown optimiser 'adamm'; did you mean adam"),
+        (dict(opt="adam", betas=(2.0, 0.9)), "opt: adam does not take the recipe's values .*beta"),
+        (dict(auto_augment="foo"), "auto_augment 'foo' .* not an augmentation of timm's"),
+        (dict(model_args={"foo": 1}), "model: test_vmamba cannot be made as the recipe says .*'foo'"),
+    ],
+)
+def test_what_timm_does_not_take_is_named(changes, message, digits, tmp_path):
+    _fails({**TINY, "data": str(digits), "out": str(tmp_path), **changes}, message, ConfigError)
+
+
 @pytest.mark.parametrize("program", [main, validate])
 def test_programs_print_one_line(program, capsys, tmp_path):
     for words, message in (
         (["epoch=3"], "did you mean epochs"),
         (["model=test_vmmba"], "did you mean test_vmamba"),
+        (["model=test_vmamba", "device=abacus"], "device: abacus cannot be used"),
         (["model=test_vmamba", f"data={tmp_path}", "device=cpu", "checkpoint=none.pth"], "error: "),
     ):
         assert program(words) == 1

@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 
 from .._files import replacing
+from .._text import one_line
 from .cost import ModelCost, model_cost
 from .environment import environment, nvml_device
 from .flops import input_shape
@@ -428,8 +429,7 @@ class Results:
                 try:
                     row = measure(setting, device, timing)
                 except Exception as error:  # whatever a model does, the rest go on
-                    message = " ".join(str(error).split())[:300]
-                    row = {**setting.identity(), "error": f"{type(error).__name__}: {message}"}
+                    row = {**setting.identity(), "error": f"{type(error).__name__}: {one_line(error, 300)}"}
                 torch.compiler.reset()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import sys
@@ -14,6 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from visionmamba._text import near_names, one_line
 
 __all__ = [
     "CommandError",
@@ -32,20 +33,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts
 
 class CommandError(Exception):
     """What the user gave cannot be used; shown as one line, and the command exits with status 1."""
-
-
-def one_line(error: BaseException | str, limit: int = 600) -> str:
-    """Return an error's message on one line.
-
-    Args:
-        error: The exception, or its message.
-        limit: Number of characters after which the rest is cut.
-
-    Returns:
-        The message with runs of white space replaced by one space; the exception's class if it has no message.
-    """
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 4] + " ..."
 
 
 def console(stderr: bool = False) -> Console:
@@ -85,9 +72,8 @@ def check_model_name(name: str, names: Iterable[str]) -> str:
     names = list(names)
     if name.split(".")[0] in names:
         return name
-    near = difflib.get_close_matches(name.split(".")[0], names, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else "'visionmamba list' shows all models"
-    raise CommandError(f"unknown model {name!r}; {hint}")
+    hint = near_names(name.split(".")[0], names, "'visionmamba list' shows all models")
+    raise CommandError(f"unknown model {name!r}{hint}")
 
 
 def check_writable(path: Path, what: str = "--out") -> Path:

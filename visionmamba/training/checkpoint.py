@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .._files import replacing
+from .._text import one_line
 from ..inference import CFG_METADATA_KEY
 from .distributed import World
 
@@ -86,7 +87,7 @@ class CheckpointFolder:
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            reason = getattr(error, "strerror", None) or one_line(error, 200)
             earlier = self.files()
             last = f"the last complete one is {earlier[-1]}" if earlier else "there is no complete one yet"
             raise WriteError(f"{path} could not be written ({reason}); {last}") from error
@@ -125,4 +126,4 @@ def save_weights(path: Path, name: str, tensors: dict[str, torch.Tensor], overla
             tensors = {key: value.contiguous() for key, value in tensors.items()}
             save_file(tensors, temporary, metadata={"model": name, CFG_METADATA_KEY: json.dumps(overlay)})
     except Exception as error:
-        raise WriteError(f"{path} could not be written ({' '.join(str(error).split())[:200]})") from error
+        raise WriteError(f"{path} could not be written ({one_line(error, 200)})") from error

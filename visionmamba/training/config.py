@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
+
+from .._text import near_names, one_line
 
 __all__ = ["ConfigError", "TrainConfig", "load_config"]
 
@@ -176,11 +177,13 @@ class TrainConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "accumulate", "repeats", "keep", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.frame_stride is not None and self.frame_stride < 1:
-            raise ConfigError(f"frame_stride: expected at least 1, got {self.frame_stride}")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ConfigError(f"{name}: expected at least {least}, got {value}")
+        for name in ("scale", "ratio"):
+            if len(getattr(self, name)) != 2:
+                raise ConfigError(f"{name}: expected the two ends of a range, got {list(getattr(self, name))}")
         if self.pretrained and self.checkpoint:
             raise ConfigError("pretrained and checkpoint exclude each other: both say which weights to start from")
         if (self.mixup or self.cutmix) and self.batch_size // self.accumulate % 2:
@@ -195,15 +198,27 @@ _CHOICES = {
     "nonfinite": ("skip", "stop"),
     "parallel": ("ddp", "fsdp"),
     "remode": ("pixel", "rand", "const"),
+    "sched": ("cosine", "tanh", "step", "constant", "multistep", "poly", "wsd", "rsqrt"),
+}
+_LEAST = {
+    **dict.fromkeys(("epochs", "batch_size", "accumulate", "repeats", "keep", "eval_every"), 1),
+    **dict.fromkeys(("num_classes", "img_size", "in_chans", "frame_stride", "lr_batch"), 1),
+    **dict.fromkeys(("lr", "warmup_lr", "min_lr", "weight_decay", "warmup_epochs", "workers", "save_every"), 0),
+    **dict.fromkeys(("seed", "ema_decay", "mixup", "cutmix", "log_every", "mixup_off_epoch", "max_nonfinite"), 0),
 }
 _TYPES = get_type_hints(TrainConfig)
 _NAMES = [item.name for item in fields(TrainConfig)]
 
 
 def _unknown(key: str, where: str) -> ConfigError:
-    near = difflib.get_close_matches(key, _NAMES, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"known keys are {', '.join(_NAMES)}"
-    return ConfigError(f"{where}: unknown key {key!r}; {hint}")
+    hint = near_names(key, _NAMES, f"known keys are {', '.join(_NAMES)}")
+    return ConfigError(f"{where}: unknown key {key!r}{hint}")
+
+
+def _name(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"a list of {get_args(kind)[0].__name__}"
+    return "nothing" if kind is types.NoneType else getattr(kind, "__name__", str(kind))
 
 
 def _fit(key: str, value: Any, where: str) -> Any:
@@ -220,14 +235,15 @@ def _fit(key: str, value: Any, where: str) -> Any:
                 continue
         if base is tuple and isinstance(value, (list, tuple)):
             item = get_args(kind)[0]
-            return tuple(item(element) for element in value)
+            try:
+                return tuple(item(element) for element in value)
+            except (TypeError, ValueError):
+                continue
         if base is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
         if isinstance(value, base) and (base is bool or not isinstance(value, bool)):
             return value
-    expected = " or ".join(
-        "nothing" if kind is types.NoneType else getattr(kind, "__name__", str(kind)) for kind in kinds
-    )
+    expected = " or ".join(_name(kind) for kind in kinds)
     raise ConfigError(f"{where}: {key} expects {expected}, got {value!r}")
 
 
@@ -259,7 +275,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path or 'overrides'}: not valid YAML ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"{path or 'overrides'}: not valid YAML ({one_line(error)})") from error
     for where, given in sources:
         if not isinstance(given, dict):
             raise ConfigError(f"{where}: expected keys and values, got {type(given).__name__}")

@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,8 +24,9 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .._text import one_line
 from .clips import VIDEO_EXTENSIONS, clip_positions, read_animation, read_video, videos_count_as_images
-from .config import TrainConfig
+from .config import ConfigError, TrainConfig
 from .distributed import World
 
 __all__ = ["DataError", "Source", "open_source", "seed_everything"]
@@ -40,11 +42,13 @@ class DataError(RuntimeError):
 
 
 def _leave_with_the_trainer(_worker: int) -> None:
-    """Let a loader's worker end when the process that reads from it is gone, killed or not.
+    """Let a loader's worker end when the process that reads from it is gone, killed or not, and not before.
 
     PyTorch's own watch looks at the worker's parent, which is the fork server where one starts the workers (the default
-    on Linux from Python 3.14 on): it stays as long as they do, and they would stay for ever.
+    on Linux from Python 3.14 on): it stays as long as they do, and they would stay for ever. Ctrl-C in a terminal goes
+    to the workers too, and the trainer needs them until it stops.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -135,8 +139,8 @@ class _MapSource(Dataset):
             except _UNREADABLE as error:
                 name = _filename(self.dataset, index)
                 if self.unreadable == "error":
-                    reason = " ".join(str(error).split())
-                    raise DataError(f"{name} cannot be read as an image ({reason}); unreadable=skip goes on") from None
+                    problem = f"{name} cannot be read as an image ({one_line(error)})"
+                    raise DataError(f"{problem}; unreadable=skip goes on") from None
                 warnings.warn(f"skipped {name}, which cannot be read as an image", stacklevel=1)
                 index = (index + 1) % len(self.dataset)
         raise DataError(f"{_MAX_UNREADABLE} images in a row cannot be read, the last one {name}")
@@ -261,20 +265,24 @@ class Source:
 def _transform(config: TrainConfig, data_config: dict[str, Any], training: bool) -> Callable:
     if not training:
         return create_transform(**data_config, is_training=False)
-    return create_transform(
-        input_size=data_config["input_size"],
-        is_training=True,
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.auto_augment,
-        interpolation=config.train_interpolation,
-        mean=data_config["mean"],
-        std=data_config["std"],
-        re_prob=config.reprob,
-        re_mode=config.remode,
-    )
+    try:
+        return create_transform(
+            input_size=data_config["input_size"],
+            is_training=True,
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment,
+            interpolation=config.train_interpolation,
+            mean=data_config["mean"],
+            std=data_config["std"],
+            re_prob=config.reprob,
+            re_mode=config.remode,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        policy = f"auto_augment {config.auto_augment!r} and train_interpolation {config.train_interpolation!r}"
+        raise ConfigError(f"{policy}: not an augmentation of timm's ({one_line(error)})") from error
 
 
 def open_source(
@@ -318,7 +326,7 @@ def open_source(
                     **kwargs,
                 )
         except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
-            reason = " ".join(str(error).split()) or "no such folder"
+            reason = one_line(error) if str(error) else "no such folder"
             raise DataError(f"data: no images of the split {split!r} in {config.data!r} ({reason})") from error
 
     dataset = make(0)

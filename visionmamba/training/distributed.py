@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from .config import ConfigError
+
 __all__ = ["World", "join_world", "leave_world", "parallelize", "synchronizing"]
 
 
@@ -56,17 +58,24 @@ def join_world(device: str | None = None) -> World:
 
     Returns:
         The world; of one process without ``torchrun``.
+
+    Raises:
+        ConfigError: There is no such device.
     """
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if accelerator is None else accelerator.type
-    target = torch.device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        target = torch.device(device)
+        if size > 1 and target.type != "cpu":
+            target = torch.device(target.type, int(os.environ["LOCAL_RANK"]))
+            torch.accelerator.set_device_index(target.index)
+        torch.empty(1, device=target)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"device: {device} cannot be used ({str(error).splitlines()[0]})") from error
     if size == 1:
         return World(0, 1, target)
-    if target.type != "cpu":
-        target = torch.device(target.type, int(os.environ["LOCAL_RANK"]))
-        torch.accelerator.set_device_index(target.index)
     if not dist.is_initialized():
         device_id = None if target.type == "cpu" else target
         dist.init_process_group(dist.get_default_backend_for_device(target.type), device_id=device_id)

@@ -19,9 +19,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import Mixup, resolve_data_config
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 
+from .._text import near_names, one_line
 from ..inference import checkpoint_cfg
 from .checkpoint import CheckpointFolder, full_state, load_full_state, save_weights
 from .config import ConfigError, TrainConfig
@@ -40,7 +41,16 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(RuntimeError):  # noqa: N818 (asked for, not a fault)
-    """SIGTERM came; the run was saved."""
+    """SIGTERM or Ctrl-C came; the run was saved.
+
+    Args:
+        message: One sentence.
+        signal: The signal's number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def create_model(config: TrainConfig, num_classes: int | None = None) -> nn.Module:
@@ -52,6 +62,9 @@ def create_model(config: TrainConfig, num_classes: int | None = None) -> nn.Modu
 
     Returns:
         The model, on the CPU; with ``linear_probe`` only the classifier takes gradients.
+
+    Raises:
+        ConfigError: The model does not take these arguments.
     """
     arguments = dict(config.model_args)
     optional = dict(
@@ -61,7 +74,10 @@ def create_model(config: TrainConfig, num_classes: int | None = None) -> nn.Modu
     if config.checkpoint:
         overlay = {**checkpoint_cfg(config.checkpoint), "file": config.checkpoint}
         arguments["pretrained_cfg_overlay"] = overlay
-    model = timm.create_model(config.model, pretrained=config.pretrained or bool(config.checkpoint), **arguments)
+    try:
+        model = timm.create_model(config.model, pretrained=config.pretrained or bool(config.checkpoint), **arguments)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f"model: {config.model} cannot be made as the recipe says ({one_line(error)})") from error
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
     if config.linear_probe:
@@ -83,7 +99,13 @@ def data_settings(config: TrainConfig, model: nn.Module) -> dict[str, Any]:
 
 
 def create_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Group the parameters by weight decay and depth, and build the optimiser."""
+    """Group the parameters by weight decay and depth, and build the optimiser.
+
+    Raises:
+        ConfigError: There is no such optimiser, or it does not take the recipe's values.
+    """
+    if config.opt.lower().split("_")[-1] not in list_optimizers():
+        raise ConfigError(f"opt: unknown optimiser {config.opt!r}{near_names(config.opt, list_optimizers())}")
     patterns = config.no_weight_decay
     if patterns is None:
         patterns = tuple(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else ()
@@ -96,9 +118,12 @@ def create_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optim
     groups = _slower_backbone(groups, model, config.backbone_lr)
     kwargs = {"betas": config.betas, "eps": config.opt_eps}
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    return create_optimizer_v2(
-        groups, config.opt, lr=config.lr * _lr_scale(config), weight_decay=0.0, momentum=config.momentum, **kwargs
-    )
+    try:
+        return create_optimizer_v2(
+            groups, config.opt, lr=config.lr * _lr_scale(config), weight_decay=0.0, momentum=config.momentum, **kwargs
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f"opt: {config.opt} does not take the recipe's values ({one_line(error)})") from error
 
 
 def _slower_backbone(groups: list[dict[str, Any]], model: nn.Module, factor: float) -> list[dict[str, Any]]:
@@ -250,7 +275,7 @@ class Trainer:
         self.checkpoints = CheckpointFolder(self.folder, config.keep)
         self.step, self.nonfinite, self.nonfinite_in_a_row, self.best = 0, 0, 0, -1.0
         self.loss_sum, self.loss_count = 0.0, 0
-        self._stop_asked = self._stopping = False  # here, in any process
+        self._stop_asked, self._stopping = 0, False  # the signal that came here; whether one came in any process
 
     def _open_data(self) -> None:
         config, world = self.config, self.world
@@ -324,7 +349,7 @@ class Trainer:
         # float16's scaler leaves out steps with an overflow itself, and lowers its scale
         gradient_counts = config.precision != "fp16"
         here = not math.isfinite(total) or (gradient_counts and not math.isfinite(norm))
-        bad, self._stopping = self._agree(here, self._stop_asked)
+        bad, self._stopping = self._agree(here, self._stop_asked > 0)
         if bad:
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(buffers[name])
@@ -389,7 +414,7 @@ class Trainer:
                 self.ema = _Average(self.model, self.config.ema_decay, self.config.ema_warmup)
             load_full_state(self.model, self.optimizer, state, self.world)
         except (RuntimeError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise TrainingError(f"{self.folder} holds a run of another recipe ({reason}); give another out") from error
         self.scaler.load_state_dict(state["scaler"])
         return True
@@ -442,7 +467,7 @@ class Trainer:
             The last epoch's figures.
 
         Raises:
-            Interrupted: SIGTERM came; the run was saved.
+            Interrupted: SIGTERM or Ctrl-C came; the run was saved.
             TrainingError: The run cannot go on.
         """
         from .log import RunLog
@@ -452,16 +477,31 @@ class Trainer:
             ended = f"the run in {self.folder} has ended, after {self.step} steps; more epochs or another out go on"
             self.say(ended if self.step >= total else f"going on from step {self.step} of {total}")
         log = RunLog(self.folder, self.step, self.config.tensorboard) if self.world.is_main else None
-        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stop_asked", True))
         row: dict[str, float] = {}
-        try:
+        with self._stopping_at_signals():
             for epoch in range(self.step // self.train.batches, self.config.epochs):
                 started = time.perf_counter()
                 self._train_epoch(epoch)
                 row = self._end_epoch(epoch, log, time.perf_counter() - started)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
         return row or dict(log.rows[-1] if log is not None and log.rows else {})
+
+    @contextlib.contextmanager
+    def _stopping_at_signals(self) -> Iterator[None]:
+        """Let SIGTERM and the first Ctrl-C ask for a checkpoint and an end after the step that is under way."""
+
+        def ask(number: int, _frame: Any) -> None:
+            self._stop_asked = number
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, previous[signal.SIGINT])
+                if self.world.is_main:
+                    os.write(2, b"\nstopping after the next step and saving; Ctrl-C again stops at once\n")
+
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _train_epoch(self, epoch: int) -> None:
         start = self.step - epoch * self.train.batches
@@ -479,7 +519,9 @@ class Trainer:
                 self.say(f"epoch {epoch + 1}/{self.config.epochs}, {where}: {last}, {speed:.0f} images/s")
             if self._stopping:
                 path = self.save()
-                raise Interrupted(f"stopped by SIGTERM after step {self.step}; saved {path}")
+                number = self._stop_asked or signal.SIGTERM  # the default: it came to another process
+                name = signal.Signals(number).name
+                raise Interrupted(f"stopped by {name} after step {self.step}; saved {path}", number)
             if self.config.save_every and self.step % self.config.save_every == 0 and not ended:
                 self.save()
 

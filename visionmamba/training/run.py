@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .._text import near_names, one_line
 from ..models._builder import WeightsUnavailableError
 from ..models._checkpoint import CheckpointError
 from .checkpoint import WriteError
@@ -23,7 +25,7 @@ from .engine import Interrupted, Trainer, TrainingError, create_model, data_sett
 
 __all__ = ["main", "validate"]
 
-_TERMINATED, _INTERRUPTED = 143, 130
+_SIGNALLED = 128  # and the signal's number, as shells have it
 _CLEAR = (
     ConfigError,
     DataError,
@@ -46,13 +48,10 @@ def _recipe(words: Sequence[str]) -> TrainConfig:
 
 
 def _check_model(name: str) -> None:
-    import difflib
-
     import timm
 
     if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        raise ConfigError(f"model: unknown model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        raise ConfigError(f"model: unknown model {name!r}{near_names(name, timm.list_models())}")
 
 
 def _help(usage: str) -> str:
@@ -82,12 +81,16 @@ def _run(program: Callable[[TrainConfig, World], None], words: Sequence[str], us
         program(config, join_world(config.device))
     except Interrupted as stop:
         print(stop, file=sys.stderr)
-        return _TERMINATED
+        return _SIGNALLED + stop.signal
     except KeyboardInterrupt:
         print("interrupted; a training that is run again goes on from its last checkpoint", file=sys.stderr)
-        return _INTERRUPTED
+        return _SIGNALLED + signal.SIGINT
+    except torch.OutOfMemoryError as error:
+        reason = one_line(str(error).split(". ")[0])
+        print(f"error: {reason}; a smaller batch_size or a larger accumulate takes less memory", file=sys.stderr)
+        return 1
     except _CLEAR as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     finally:
         leave_world()
@@ -102,8 +105,8 @@ def main(words: Sequence[str], usage: str = "") -> int:
         usage: What ``--help`` says before the keys.
 
     Returns:
-        The exit status: 0 at the end, 143 if SIGTERM stopped the run, 130 if the user interrupted it, 1 for an error in
-        the input, 2 without words.
+        The exit status: 0 at the end, 143 if SIGTERM stopped the run, 130 if Ctrl-C did, 1 for an error in the input, 2
+        without words.
     """
 
     def train(config: TrainConfig, world: World) -> None:
