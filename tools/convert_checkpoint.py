@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from visionmamba.cli._arguments import parse_size
 from visionmamba.cli._common import CommandError, check_model_name, one_line
 from visionmamba.conversion import write_hub_folder, write_official, write_ours
 from visionmamba.zoo import model_names
@@ -25,11 +26,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("checkpoint", type=Path, help="the weights, in any layout of the model's family")
     parser.add_argument("out", type=Path, help="file to write; a folder with --to hub")
     parser.add_argument("--to", choices=WRITERS, default="ours", help="layout to write (default: ours)")
-    parser.add_argument("--num-classes", type=int, help="classes of the checkpoint, where they are not the model's")
+    parser.add_argument("--img-size", help="HxW that the checkpoint was trained at, where it is not the model's size")
     given = parser.parse_args(arguments)
     try:
         check_model_name(given.model, model_names())
-        WRITERS[given.to](given.model, given.checkpoint, given.out, given.num_classes)
+        img_size = parse_size(given.img_size, "--img-size") if given.img_size else None
+        WRITERS[given.to](given.model, given.checkpoint, given.out, img_size)
     except (CommandError, RuntimeError, ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1

@@ -11,9 +11,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
+from timm.models._input import get_model_input_config
 
 from ._files import replacing
-from .inference import CFG_METADATA_KEY, create_classifier
+from .inference import CFG_METADATA_KEY, checkpoint_cfg, create_classifier
+from .models._checkpoint import load_checkpoint_file
 from .zoo import published_top1
 
 __all__ = ["write_hub_folder", "write_official", "write_ours"]
@@ -45,8 +47,35 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 """
 
 
-def _load(name: str, checkpoint: str | os.PathLike, num_classes: int | None) -> nn.Module:
-    return create_classifier(name, checkpoint, num_classes, device="cpu")
+def _load(name: str, checkpoint: str | os.PathLike, img_size: tuple[int, int] | None) -> nn.Module:
+    """Build the model that a checkpoint is of, with as many classes and input channels as its tensors have."""
+    weights = load_checkpoint_file(checkpoint)
+    size = img_size or checkpoint_cfg(checkpoint).get("input_size", ())[1:]
+    model = timm.create_model(name, device="meta", **({"img_size": tuple(size)} if size else {}))
+    _check_img_size(weights, model)
+    converted, cfg = _family(name).checkpoint_filter_fn(dict(weights), model), model.pretrained_cfg
+    stem = converted.get(f"{cfg['first_conv'] or 'patch_embed.projection'}.weight")  # timm is told of no clips' stem
+    classifier = converted.get(f"{cfg['classifier']}.weight")
+    found = {}
+    if stem is not None:  # otherwise the checkpoint is of another model, which loading it says
+        found = {"num_classes": 0 if classifier is None else classifier.shape[0], "in_chans": stem.shape[1]}
+    return create_classifier(name, checkpoint, img_size=img_size, **found)
+
+
+def _check_img_size(weights: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Raise ValueError if reading the position embedding would interpolate it: conversion keeps every bit."""
+    given = next((value for key, value in weights.items() if key.endswith("pos_embed")), None)
+    expected = getattr(model, "pos_embed", None)
+    if given is None or expected is None or given.numel() == expected.numel():
+        return
+    if getattr(model, "size_of_checkpoint", False) or given.shape[-1] != expected.shape[-1]:
+        return  # takes its size from the checkpoint; or the checkpoint is of another model, which loading it says
+    rows, nominal = (value.numel() // value.shape[-1] for value in (given, expected))
+    height, width = get_model_input_config(model)["input_size"][-2:]
+    raise ValueError(
+        f"img_size: expected the size for which a position embedding has {rows} rows, got {height} x {width}, where "
+        f"it has {nominal}"
+    )
 
 
 def _family(name: str) -> Any:
@@ -68,46 +97,54 @@ def _overlay(model: nn.Module) -> dict[str, Any]:
     return overlay
 
 
-def write_ours(name: str, checkpoint: str | os.PathLike, out: Path, num_classes: int | None = None) -> nn.Module:
+def write_ours(
+    name: str, checkpoint: str | os.PathLike, out: Path, img_size: tuple[int, int] | None = None
+) -> nn.Module:
     """Write a checkpoint as safetensors in this project's layout.
 
     Args:
         name: The model's timm name.
         checkpoint: The weights, in any layout that the model's family accepts.
         out: File to write.
-        num_classes: Classes of the checkpoint, where they are neither the model's nor said in it.
+        img_size: Image size, (height, width), of the checkpoint's position embedding, where it is neither the model's
+            nor said in the checkpoint.
 
     Returns:
         The model with the weights.
 
     Raises:
-        visionmamba.models.CheckpointError: The checkpoint cannot be read or does not fit.
+        visionmamba.models._checkpoint.CheckpointError: The checkpoint cannot be read or does not fit.
+        ValueError: Its position embedding is another image size's.
     """
     from safetensors.torch import save_file
 
-    model = _load(name, checkpoint, num_classes)
+    model = _load(name, checkpoint, img_size)
     with replacing(out) as temporary:
         save_file(_tensors(model), temporary, metadata={"model": name, CFG_METADATA_KEY: json.dumps(_overlay(model))})
     return model
 
 
-def write_official(name: str, checkpoint: str | os.PathLike, out: Path, num_classes: int | None = None) -> nn.Module:
+def write_official(
+    name: str, checkpoint: str | os.PathLike, out: Path, img_size: tuple[int, int] | None = None
+) -> nn.Module:
     """Write a checkpoint with its authors' names and shapes, nested as they nest it.
 
     Args:
         name: The model's timm name.
         checkpoint: The weights, in any layout that the model's family accepts.
         out: File to write with ``torch.save``.
-        num_classes: Classes of the checkpoint, where they are neither the model's nor said in it.
+        img_size: Image size, (height, width), of the checkpoint's position embedding, where it is neither the model's
+            nor said in the checkpoint.
 
     Returns:
         The model with the weights.
 
     Raises:
-        visionmamba.models.CheckpointError: The checkpoint cannot be read or does not fit.
-        ValueError: What would be written does not give the same weights when it is read.
+        visionmamba.models._checkpoint.CheckpointError: The checkpoint cannot be read or does not fit.
+        ValueError: Its position embedding is another image size's, or what would be written does not give the same
+            weights when it is read.
     """
-    model, family = _load(name, checkpoint, num_classes), _family(name)
+    model, family = _load(name, checkpoint, img_size), _family(name)
     tensors = _tensors(model)
     official = {key: value.contiguous() for key, value in family.official_state_dict(tensors, model).items()}
     back = family.checkpoint_filter_fn(dict(official), model)
@@ -120,7 +157,9 @@ def write_official(name: str, checkpoint: str | os.PathLike, out: Path, num_clas
     return model
 
 
-def write_hub_folder(name: str, checkpoint: str | os.PathLike, out: Path, num_classes: int | None = None) -> nn.Module:
+def write_hub_folder(
+    name: str, checkpoint: str | os.PathLike, out: Path, img_size: tuple[int, int] | None = None
+) -> nn.Module:
     """Write a folder in timm's layout on the Hugging Face Hub: weights, ``config.json`` and a model card.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads it, and ``hf-hub:...`` does once it is uploaded.
@@ -129,17 +168,19 @@ def write_hub_folder(name: str, checkpoint: str | os.PathLike, out: Path, num_cl
         name: The model's timm name.
         checkpoint: The weights, in any layout that the model's family accepts.
         out: Folder to write to.
-        num_classes: Classes of the checkpoint, where they are neither the model's nor said in it.
+        img_size: Image size, (height, width), of the checkpoint's position embedding, where it is neither the model's
+            nor said in the checkpoint.
 
     Returns:
         The model with the weights.
 
     Raises:
-        visionmamba.models.CheckpointError: The checkpoint cannot be read or does not fit.
+        visionmamba.models._checkpoint.CheckpointError: The checkpoint cannot be read or does not fit.
+        ValueError: Its position embedding is another image size's.
     """
     from timm.models._hub import save_config_for_hf
 
-    model = write_ours(name, checkpoint, _made(out) / "model.safetensors", num_classes)
+    model = write_ours(name, checkpoint, _made(out) / "model.safetensors", img_size)
     with replacing(out / "config.json") as temporary:
         save_config_for_hf(model, str(temporary), model_config=_labels(model))
     with replacing(out / "README.md") as temporary:

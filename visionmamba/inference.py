@@ -40,7 +40,12 @@ def checkpoint_cfg(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def create_classifier(
-    name: str, checkpoint: str | os.PathLike | None = None, num_classes: int | None = None, device: Any = None
+    name: str,
+    checkpoint: str | os.PathLike | None = None,
+    num_classes: int | None = None,
+    device: torch.device | str | None = None,
+    in_chans: int | None = None,
+    img_size: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Build a classifier with its weights.
 
@@ -50,6 +55,8 @@ def create_classifier(
         num_classes: Number of classes that the checkpoint has, where that is neither the model's own nor said in the
             checkpoint.
         device: Device for the model.
+        in_chans: Input channels that the checkpoint has, likewise.
+        img_size: Image size, (height, width), that the checkpoint's position embedding was made for, likewise.
 
     Returns:
         The model, in evaluation mode.
@@ -59,15 +66,21 @@ def create_classifier(
         visionmamba.models._checkpoint.CheckpointError: The checkpoint cannot be read or does not fit.
     """
     overlay: dict[str, Any] = {}
-    arguments: dict[str, Any] = {}
     if checkpoint is not None:
         overlay = {**checkpoint_cfg(checkpoint), "file": os.fspath(checkpoint)}
-        if "input_size" in overlay:
-            arguments["in_chans"] = overlay["input_size"][0]
     if num_classes is not None:
         overlay["num_classes"] = num_classes
+    if in_chans is not None or img_size is not None:
+        channels, *size = overlay.get("input_size") or timm.get_pretrained_cfg(name).input_size
+        overlay["input_size"] = (in_chans or channels, *(img_size or size))
+    arguments: dict[str, Any] = {}
     if "num_classes" in overlay:
         arguments["num_classes"] = overlay["num_classes"]
+    if "input_size" in overlay:
+        channels, *size = overlay["input_size"]
+        arguments.update(in_chans=channels, img_size=tuple(size))
+        if channels != timm.get_pretrained_cfg(name).input_size[0]:  # whose statistics are of other channels
+            overlay = {"mean": (0.5,) * channels, "std": (0.5,) * channels, **overlay}
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     return model.to(device=device).eval()
 

@@ -6,8 +6,10 @@ import timm
 import torch
 from golden import cases, golden
 
+from visionmamba.layers import GridPatchEmbed
 from visionmamba.models import mamba_nd, mamba_nd_btcv
-from visionmamba.models.mamba_nd import GridPatchEmbed, PatchMerging, checkpoint_filter_fn, official_state_dict
+from visionmamba.models._layout import embed_to_grid
+from visionmamba.models.mamba_nd import PatchMerging, checkpoint_filter_fn, official_state_dict
 
 FAST = ("mamba2d_small_patch8_224_input192", "mamba3d_small_hmdb51_16x64")
 INFLATION = "mamba_nd/mamba3d_small_inflated_from_2d_s16_8x112"
@@ -179,7 +181,7 @@ def test_published_checkpoint_for_other_clips(tmp_path):
     for options, grid in (({"num_frames": 16}, (8, 14, 14)), ({"num_frames": 8, "img_size": 448}, (4, 28, 28))):
         model = timm.create_model("mamba3d_small_ucf101", depth=6, **options)
         embed = checkpoint_filter_fn({"pos_embed": published.flatten(1, 3)}, model)["pos_embed"]
-        torch.testing.assert_close(embed, mamba_nd.embed_to_grid(published, grid, grid))
+        torch.testing.assert_close(embed, embed_to_grid(published, grid, grid))
     model = timm.create_model("mamba3d_small_ucf101", depth=6)
     with pytest.raises(RuntimeError, match="pos_embed"):
         checkpoint_filter_fn({"pos_embed": published.flatten(1, 3)[:, :3000]}, model)
@@ -192,6 +194,18 @@ def test_grey_clips_from_colour_weights(tmp_path):
     grey = timm.create_model("test_mamba3d", pretrained=True, in_chans=1, pretrained_cfg_overlay=overlay).eval()
     x = torch.randn(1, 1, 8, 32, 32)
     torch.testing.assert_close(grey(x), colour(x.expand(-1, 3, -1, -1, -1)))
+
+
+def test_grey_clips_from_colour_images(tmp_path):
+    """Inflated and summed over the colours at once."""
+    colour = timm.create_model("test_mamba2d", downsample_layers=()).eval()
+    torch.save(colour.state_dict(), tmp_path / "colour.pth")
+    overlay = {"file": str(tmp_path / "colour.pth")}
+    grey = timm.create_model("test_mamba3d", pretrained=True, in_chans=1, pretrained_cfg_overlay=overlay).eval()
+    image = torch.randn(1, 1, 32, 32)
+    clip = image.unsqueeze(2).expand(-1, -1, 8, -1, -1)
+    patches = colour.patch_embed(image.expand(-1, 3, -1, -1)).unsqueeze(1)
+    torch.testing.assert_close(grey.patch_embed(clip), patches.expand(-1, 4, -1, -1, -1))
 
 
 @pytest.mark.parametrize("name", MICRO)

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import visionmamba
+from visionmamba.inference import create_classifier, create_reader
 
 _PATH = Path(visionmamba.__file__).parents[1] / "tools" / "convert_checkpoint.py"
 _SPEC = importlib.util.spec_from_file_location("convert_checkpoint", _PATH)
@@ -39,15 +41,54 @@ def _equal(one, two):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_to_the_authors_layout_and_back(name, tmp_path):
-    weights = _random_weights(name, tmp_path / "weights.pth")
-    official, ours = tmp_path / "official.pth", tmp_path / "ours.safetensors"
-    assert tool.main([name, str(tmp_path / "weights.pth"), str(official), "--to", "official"]) == 0
+def _convert(*words):
+    assert tool.main(list(map(str, words))) == 0
+
+
+def _there_and_back(name, weights, tmp_path, *options):
+    """Convert to the authors' layout, to ours and to theirs again; return the authors' state dict and our file."""
+    official, ours, again = (tmp_path / file for file in ("official.pth", "ours.safetensors", "again.pth"))
+    _convert(name, tmp_path / "weights.pth", official, "--to", "official", *options)
     (nested,) = torch.load(official, weights_only=True).values()
     assert nested.keys() != weights.keys()
-    assert tool.main([name, str(official), str(ours)]) == 0
+    _convert(name, official, ours, *options)
     _equal(load_file(ours), weights)
+    _convert(name, ours, again, "--to", "official")  # whose metadata says what the options said
+    (nested_again,) = torch.load(again, weights_only=True).values()
+    _equal(nested_again, nested)
+    return nested, ours
+
+
+@pytest.mark.parametrize("options", [{}, dict(in_chans=1, num_classes=7), dict(in_chans=4, num_classes=0)], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_to_the_authors_layout_and_back(name, options, tmp_path):
+    """The checkpoint's tensors say how many channels and classes it has."""
+    weights = _random_weights(name, tmp_path / "weights.pth", **options)
+    _, ours = _there_and_back(name, weights, tmp_path)
+    model = create_classifier(name, ours)
+    _equal(model.state_dict(), weights)
+    assert (model.in_chans, model.num_classes) == (options.get("in_chans", 3), options.get("num_classes", 1000))
+
+
+@pytest.mark.parametrize("name", ["test_vim", "test_plainmamba", "test_local_vim", "test_mamba2d"])
+def test_another_image_size_is_said_and_kept(name, tmp_path, capsys):
+    """Position embeddings are not interpolated in passing, neither here nor where the file is read."""
+    weights = _random_weights(name, tmp_path / "weights.pth", img_size=(96, 80))
+    assert tool.main([name, str(tmp_path / "weights.pth"), str(tmp_path / "out.pth"), "--to", "official"]) == 1
+    assert "img_size: expected the size for which a position embedding has" in capsys.readouterr().err
+    _, ours = _there_and_back(name, weights, tmp_path, "--img-size", "96x80")
+    _equal(create_classifier(name, ours).state_dict(), weights)
+
+
+def test_pictures_of_other_channels_can_be_read(tmp_path):
+    """Nobody said how a grey model's images were normalised; the published statistics are of three channels."""
+    _random_weights("test_vmamba", tmp_path / "weights.pth", in_chans=1)
+    _convert("test_vmamba", tmp_path / "weights.pth", tmp_path / "ours.safetensors")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    model = create_classifier("test_vmamba", tmp_path / "ours.safetensors")
+    image = create_reader(model)(tmp_path / "red.png")
+    assert image.shape == (1, 1, 32, 32)
+    assert model(image).shape == (1, 1000)
 
 
 def test_what_the_authors_layout_cannot_hold_is_named(tmp_path, capsys):
@@ -64,8 +105,7 @@ def test_what_the_authors_layout_cannot_hold_is_named(tmp_path, capsys):
 def test_hub_folder_is_a_model(name, tmp_path):
     folder = tmp_path / "hub"
     weights = _random_weights(name, tmp_path / "weights.pth", num_classes=7)
-    command = [name, str(tmp_path / "weights.pth"), str(folder), "--to", "hub", "--num-classes", "7"]
-    assert tool.main(command) == 0
+    _convert(name, tmp_path / "weights.pth", folder, "--to", "hub")
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((folder / "config.json").read_text())
     assert config["architecture"] == name
@@ -84,7 +124,7 @@ def test_what_a_training_run_saves_can_be_uploaded(tmp_path):
     weights = _random_weights("test_vmamba", tmp_path / "weights.pth", num_classes=2, in_chans=1)
     overlay = {"num_classes": 2, "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "label_names": ["a", "b"]}
     save_weights(tmp_path / "last.safetensors", "test_vmamba", weights, overlay)
-    assert tool.main(["test_vmamba", str(tmp_path / "last.safetensors"), str(tmp_path / "hub"), "--to", "hub"]) == 0
+    _convert("test_vmamba", tmp_path / "last.safetensors", tmp_path / "hub", "--to", "hub")
     model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True)
     _equal(model.state_dict(), weights)
     assert model.pretrained_cfg["label_names"] == ["a", "b"]
@@ -97,6 +137,7 @@ def test_what_a_training_run_saves_can_be_uploaded(tmp_path):
         (["test_vim", "missing.pth", "out.safetensors"], "missing.pth: no such checkpoint file"),
         (["test_vmamba", "weights.pth", "out.safetensors"], "does not fit"),
         (["test_vmba", "weights.pth", "out.safetensors"], "did you mean test_vmamba"),
+        (["test_vim", "weights.pth", "out.safetensors", "--img-size", "big"], "--img-size: expected a size such as"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):

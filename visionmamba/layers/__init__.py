@@ -1,7 +1,7 @@
 """Building blocks that the families share."""
 
 from .channel_attention import ChannelAttention
-from .checks import check_choice
+from .checks import check_choice, check_input
 from .class_token import (
     CLASS_TOKEN_POSITIONS,
     class_token_indices,
@@ -11,6 +11,7 @@ from .class_token import (
 )
 from .feature_pyramid import SimpleFeaturePyramid
 from .gated_mixer import GatedMixer
+from .grid_patch_embed import GridPatchEmbed
 from .local_scan import LOCAL_DIRECTIONS, LocalScan, chosen_directions, search_weights
 from .mlp import Mlp
 from .norm import LayerNorm, before_linear
@@ -37,6 +38,7 @@ __all__ = [
     "ConvPatchEmbed",
     "DepthwiseConv2d",
     "GatedMixer",
+    "GridPatchEmbed",
     "LayerNorm",
     "LocalScan",
     "Mlp",
@@ -52,6 +54,7 @@ __all__ = [
     "axial_rope_table",
     "before_linear",
     "check_choice",
+    "check_input",
     "chosen_directions",
     "class_token_indices",
     "init_dt_bias_",

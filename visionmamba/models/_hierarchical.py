@@ -92,6 +92,7 @@ class HierarchicalModel(VisionModel):
         drop_path_rate: Stochastic depth, growing linearly over the blocks.
         norm_layer: Norm over channels, of the embeddings and after the last stage.
         patch_norm: Whether the patch embedding has norms.
+        img_size: Nominal image size, which every family takes; it changes nothing here: any size will do.
         device: Where to create the parameters.
         dtype: Their dtype.
     """
@@ -114,6 +115,7 @@ class HierarchicalModel(VisionModel):
         drop_path_rate: float = 0.0,
         norm_layer=nn.LayerNorm,
         patch_norm: bool = True,
+        img_size: int | tuple[int, int] = 224,
         device=None,
         dtype=None,
     ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.layers import get_device_dtype, global_pool_nlc, register_notrace_function, trunc_normal_
+from timm.layers import get_device_dtype, global_pool_nlc, trunc_normal_
 from timm.models import checkpoint
 from timm.models._input import update_model_input_size
 
@@ -14,30 +14,9 @@ from ..layers import check_choice
 from ..layers.grid_embed import resize_grid_embed
 from ._base import VisionModel
 
-__all__ = ["GridModel", "IsotropicModel", "check_input"]
+__all__ = ["GridModel", "IsotropicModel"]
 
 torch.fx.wrap("resize_grid_embed")  # FX looks for leaf functions where forward is defined, and that is the base's
-
-
-@torch.fx.wrap
-@register_notrace_function
-def check_input(x: torch.Tensor, layout: str, minimum: list[int]) -> torch.Tensor:
-    """Return ``x`` if its rank and sizes fit.
-
-    Args:
-        x: Input of a model.
-        layout: Its expected layout, for the error.
-        minimum: Smallest size of each dimension after the channels.
-
-    Raises:
-        ValueError: The rank is another, or a dimension is smaller than one patch.
-    """
-    if x.dim() != len(minimum) + 2:
-        raise ValueError(f"x: expected {layout}, got shape {list(x.shape)}")
-    for i, size in enumerate(minimum):
-        if x.shape[i + 2] < size:
-            raise ValueError(f"x: expected {layout} of at least {minimum} after the channels, got {list(x.shape)}")
-    return x
 
 
 class IsotropicModel(VisionModel):

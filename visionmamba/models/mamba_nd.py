@@ -15,7 +15,6 @@ see ``skip_from_input``. :mod:`.mamba_nd_btcv` has the model for the segmentatio
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -24,18 +23,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models._manipulate import adapt_input_conv
 
-from ..layers import GatedMixer, SelectiveSSM
+from ..layers import GatedMixer, GridPatchEmbed, SelectiveSSM
 from ..ops.scan_path import scan_path
 from ._builder import build_model
-from ._checkpoint import strip_prefixes
-from ._isotropic import GridModel, check_input
-from ._layout import embed_to_grid, rename, stack_directions, unstack_directions
+from ._isotropic import GridModel
+from ._mamba_nd_official import adapt_input_channels, checkpoint_filter_fn, inflate, official_state_dict
 
 __all__ = ["MambaND", "checkpoint_filter_fn", "inflate", "official_state_dict"]
-
-_logger = logging.getLogger(__name__)
 
 IMAGE_PATHS = ("h", "h_flip", "v", "v_flip")
 VIDEO_PATHS = ("thw", "thw_flip", "twh", "twh_flip", "wht", "wht_flip")
@@ -130,49 +125,6 @@ class MambaNDBlock(nn.Module):
         y = self.norm(x)
         skip = x if self.skip_from_input else y
         return self.downsample(skip + self.drop_path(self.drop(self.mixer(y))))
-
-
-class GridPatchEmbed(nn.Module):
-    """Patches of an image or tubelets of a clip, by one convolution.
-
-    Args:
-        patch_size: Size of a patch along each axis: (rows, columns) or (frames, rows, columns).
-        in_chans: Channels of the input.
-        embed_dim: Channels of the tokens, C.
-        pad: Pad the end of each axis with zeros to whole patches; otherwise what does not fill a patch is not read.
-        device: Where to create the parameters.
-        dtype: Their dtype.
-    """
-
-    def __init__(
-        self, patch_size: tuple[int, ...], in_chans: int, embed_dim: int, pad: bool, device=None, dtype=None
-    ) -> None:
-        super().__init__()
-        convolution = nn.Conv2d if len(patch_size) == 2 else nn.Conv3d
-        self.patch_size, self.pad = list(patch_size), pad
-        self.minimum = [1] * len(patch_size) if pad else self.patch_size
-        self.layout = "(B, channels, height, width)" if len(patch_size) == 2 else "(B, channels, frames, height, width)"
-        self.projection = convolution(in_chans, embed_dim, patch_size, patch_size, device=device, dtype=dtype)
-
-    @torch.jit.ignore
-    def grid_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the grid of tokens of an input size."""
-        whole = math.ceil if self.pad else math.floor
-        grid = tuple(whole(size / patch) for size, patch in zip(input_size, self.patch_size, strict=True))
-        if min(grid) < 1:
-            raise ValueError(f"input size: expected at least {self.patch_size}, got {list(input_size)}")
-        return grid
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Embed ``(B, in_chans, *input_size)`` as ``(B, *grid, C)``."""
-        x = check_input(x, self.layout, self.minimum)
-        if self.pad:
-            padding: list[int] = []
-            for i in range(len(self.patch_size)):  # from the last axis to the first
-                patch = self.patch_size[-1 - i]
-                padding += [0, (patch - x.shape[-1 - i] % patch) % patch]
-            x = F.pad(x, padding)
-        return self.projection(x).movedim(1, -1)
 
 
 class MambaND(GridModel):
@@ -316,102 +268,6 @@ def _block_paths(paths: tuple[str, ...] | None, depth: int, rank: int) -> list[s
     return [paths[i % len(paths)] for i in range(depth)]
 
 
-_TRUNK = [("layers.", "blocks."), ("down_sample_layer.", "downsample."), ("ln1.", "norm."), ("ln2.", "fc_norm.")]
-_HEADS = [("cls_head.fc_cls.", "head."), ("head.fc.", "head."), ("head.0.", "fc_norm."), ("head.1.", "head.")]
-_PATCH_WEIGHT = "patch_embed.projection.weight"
-
-
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: MambaND) -> dict[str, torch.Tensor]:
-    """Convert an official checkpoint, or one of this project's, to a model's layout.
-
-    Args:
-        state_dict: Official keys (of mmpretrain's, mmaction's or the Kinetics models), or ours. Its position embedding
-            is interpolated to the model's grid; a 2-D model's weights are inflated for a 3-D model.
-        model: The model it is for.
-
-    Returns:
-        The model's state dict.
-    """
-    converted = {}
-    for name, tensor in strip_prefixes(state_dict).items():
-        name, tensor = stack_directions(rename(name, _TRUNK + _HEADS), tensor)
-        converted[name] = tensor
-    patch = converted.get(_PATCH_WEIGHT)
-    if patch is not None and patch.dim() == 4 and model.num_frames is not None:
-        return inflate(converted, model)
-    if patch is not None and patch.dim() == 5 and patch.shape[1] != model.in_chans:
-        by_frame = patch.transpose(1, 2).flatten(0, 1)  # timm adapts (out, in, height, width)
-        by_frame = adapt_input_conv(model.in_chans, by_frame)
-        converted[_PATCH_WEIGHT] = by_frame.unflatten(0, (patch.shape[0], patch.shape[2])).transpose(1, 2)
-    if "pos_embed" in converted:
-        converted["pos_embed"] = embed_to_grid(converted["pos_embed"], model.nominal_grid(), model.published_grid())
-    return converted
-
-
-def inflate(image_weights: dict[str, torch.Tensor], model: MambaND) -> dict[str, torch.Tensor]:
-    """Turn the weights of a 2-D model into a start for a 3-D model of the same width.
-
-    Block 4 b + j of the 2-D model becomes block 6 b + j, for the cycle's first four orders; the other two keep the
-    model's values (or copy blocks 6 b + 2 and 6 b + 3, with the model's ``inflate_copies``). A patch's weights are
-    spread evenly over its frames, so that a still clip embeds as its image does; the position embedding is repeated
-    for each frame. The final norms and the classifier have no counterpart and keep the model's values.
-
-    Args:
-        image_weights: In this project's layout.
-        model: The 3-D model.
-
-    Returns:
-        The 3-D model's state dict.
-    """
-    image_cycle, cycle = len(IMAGE_PATHS), len(VIDEO_PATHS)
-    inflated = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for name, tensor in image_weights.items():
-        if not name.startswith("blocks."):
-            continue
-        _, index, leaf = name.split(".", 2)
-        group, step = divmod(int(index), image_cycle)
-        targets = [step]
-        if model.inflate_copies and step + 2 >= image_cycle:
-            targets.append(step + 2)
-        for target in targets:
-            inflated[f"blocks.{group * cycle + target}.{leaf}"] = tensor
-    frames = model.patch_embed.patch_size[0]
-    inflated[_PATCH_WEIGHT] = image_weights[_PATCH_WEIGHT].unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
-    inflated["patch_embed.projection.bias"] = image_weights["patch_embed.projection.bias"]
-    embed = embed_to_grid(image_weights["pos_embed"], model.nominal_grid()[1:], model.published_grid()[1:])
-    inflated["pos_embed"] = embed.unsqueeze(1).repeat(1, model.nominal_grid()[0], 1, 1, 1)
-    _logger.warning(
-        "Inflated the weights of a 2-D model: the classifier%s keep their initial values.",
-        "" if model.inflate_copies else " and the blocks of the third axis order",
-    )
-    return inflated
-
-
-def official_state_dict(state_dict: dict[str, torch.Tensor], model: MambaND) -> dict[str, torch.Tensor]:
-    """Convert a model's state dict (or the gradients of its parameters) to the official names and shapes.
-
-    Args:
-        state_dict: In this project's layout.
-        model: The model it is of: images have mmpretrain's layout, clips mmaction's, or the Kinetics models' own if
-            there is a norm between the pooling and the classifier.
-    """
-    kinetics = model.num_frames is not None and isinstance(model.fc_norm, nn.LayerNorm)
-    backbone = "" if kinetics else "backbone."
-    head = "head.1." if kinetics else "head.fc." if model.num_frames is None else "cls_head.fc_cls."
-    official = {}
-    for name, tensor in state_dict.items():
-        if name.startswith("head."):
-            official[name.replace("head.", head, 1)] = tensor
-        elif name.startswith(("norm.", "fc_norm.")):
-            norm = "head.0." if kinetics else "backbone.ln1." if name.startswith("norm.") else "backbone.ln2."
-            official[norm + name.partition(".")[2]] = tensor
-        else:
-            tensor = tensor.flatten(1, -2) if name == "pos_embed" else tensor
-            name, tensor = unstack_directions(name, tensor)
-            official[backbone + rename(name, _TRUNK[:2], inverse=True)] = tensor
-    return official
-
-
 def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
     source = {"hf_hub_id": "jacklishufan/Mamba-ND", "hf_hub_filename": file} if file else {}
     return {
@@ -433,7 +289,7 @@ def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
 
 
 def _video_cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
-    # no first_conv: timm adapts 2-D convolutions to other channels, the filter does clips
+    # no first_conv: timm adapts 2-D convolutions to other channels, adapt_input_channels those of clips
     return _cfg(file, **{"first_conv": (), "pool_size": None, "num_classes": 400, **kwargs})
 
 
@@ -464,7 +320,7 @@ def _create_mamba_nd(variant: str, pretrained: bool, model_args: dict[str, Any],
         MambaND,
         variant,
         pretrained,
-        checkpoint_filter_fn,
+        lambda state_dict, model: adapt_input_channels(checkpoint_filter_fn(state_dict, model), model),
         feature_cfg=feature_cfg,
         pretrained_model_args=published,
         **{**model_args, **kwargs},

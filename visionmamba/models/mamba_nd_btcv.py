@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from timm.layers import get_device_dtype
 from timm.models import generate_default_cfgs, register_model
 
+from ..layers import check_input
 from . import mamba_nd
 from ._builder import build_model
 from ._checkpoint import strip_prefixes
-from ._isotropic import check_input
+from ._mamba_nd_official import adapt_input_channels
 from .mamba_nd import MambaND
 
 __all__ = ["MambaNDUNETR", "checkpoint_filter_fn", "official_state_dict"]
@@ -215,6 +216,13 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: MambaNDUNET
     return mamba_nd.checkpoint_filter_fn(state_dict, model)
 
 
+def _fit_input_channels(state_dict: dict[str, torch.Tensor], model: MambaNDUNETR) -> dict[str, torch.Tensor]:
+    """Convert a checkpoint, and fit the trunk's and the decoder's first convolutions to other input channels."""
+    encoder = "decoder.encoder1.layer"
+    convolutions = ("patch_embed.projection", f"{encoder}.conv1.conv", f"{encoder}.conv3.conv")
+    return adapt_input_channels(checkpoint_filter_fn(state_dict, model), model, convolutions)
+
+
 def _converted_name(name: str) -> str:
     if name.startswith(_HEAD):
         return "head." + name.removeprefix(_HEAD)
@@ -242,7 +250,7 @@ default_cfgs = generate_default_cfgs(
             "pool_size": None,
             "mean": (0.0,),
             "std": (1.0,),
-            "first_conv": (),  # timm adapts no 3-D convolution: the filter does
+            "first_conv": (),  # timm adapts no 3-D convolution: adapt_input_channels does
             "classifier": "head.conv.conv",
             "origin_url": "https://github.com/jacklishufan/Mamba-ND",
             "paper_name": "Mamba-ND: Selective State Space Modeling for Multi-Dimensional Data",
@@ -267,7 +275,7 @@ def mamba3d_small_btcv(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         MambaNDUNETR,
         "mamba3d_small_btcv",
         pretrained,
-        checkpoint_filter_fn,
+        _fit_input_channels,
         feature_cfg=feature_cfg,
         pretrained_model_args={"num_frames": _NOMINAL_SIZE, **kwargs.pop("pretrained_model_args", {})},
         **{"embed_dim": 384, "depth": 24, **kwargs},

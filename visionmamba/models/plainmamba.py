@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 
-from ..layers import SelectiveSSM
+from ..layers import SelectiveSSM, check_input
 from ..layers.patch import DepthwiseConv2d
 from ..ops import selective_scan
 from ..ops.scan_moves import NUM_MOVES, scan_moves
 from ._builder import build_model
 from ._checkpoint import strip_prefixes
-from ._isotropic import GridModel, check_input
+from ._isotropic import GridModel
 from ._layout import embed_to_grid, rename, stack_directions, unstack_directions
 
 __all__ = ["DirectionAwareSSM", "PlainMamba", "checkpoint_filter_fn", "official_state_dict"]
