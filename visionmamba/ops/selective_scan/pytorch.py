@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 
+from .._gate import apply_gate, gate_backward
 from .._scratch import scratch
 from ..backend import Implementation, register_implementation
 from ..scan_path import direction_rows, gather_steps, scan_rows, scatter_steps_, steps_to_tokens, visited_steps
@@ -187,10 +187,6 @@ class _Scan:
         return self.u.new_zeros(shape, dtype=self.dtype)
 
 
-def _gate(z: torch.Tensor, dim: int) -> torch.Tensor:
-    return z if z.dim() == dim else z.unsqueeze(2)
-
-
 def forward(
     u, delta, A, B, C, D, z, delta_bias, dt_weight, initial_state, path, grid, delta_softplus, merge, in_step_order
 ):
@@ -208,17 +204,71 @@ def forward(
         else:
             y = steps_to_tokens(out, path, grid, "tokens" if merge else None)
             y = y.sum(2) if merge else y
-    if z is not None:
-        y.mul_(F.silu(_gate(z, y.dim()).to(scan.dtype)))
+    y = y if z is None else apply_gate(y, z)
     return y.to(u.dtype), h.transpose(2, 3).contiguous()
 
 
-def _gate_backward(dy, y, z):
-    """Return the gradients of y and z for out = y silu(z)."""
-    gate = _gate(z, dy.dim()).to(dy.dtype)
-    sigmoid = torch.sigmoid(gate)
-    dz = dy * y * sigmoid * (1 + gate * (1 - sigmoid))
-    return dy * gate * sigmoid, dz if z.dim() == dy.dim() else dz.sum(2)
+class _Gradients:
+    """The gradients of one call, summed over blocks of steps that are walked from the last to the first.
+
+    Args:
+        scan: The call.
+        dy: Gradient of the output before the gate, in the scan's dtype.
+        dlast: Gradient of the last state, ``(B, K, D, N)``, or None.
+    """
+
+    def __init__(self, scan: _Scan, dy: torch.Tensor, dlast: torch.Tensor | None) -> None:
+        def zeros(like: torch.Tensor | None) -> torch.Tensor | None:
+            return None if like is None else torch.zeros_like(like, dtype=scan.dtype)
+
+        self.scan, self.dy = scan, dy
+        self.u, self.delta, self.B, self.C = zeros(scan.u), zeros(scan.delta), zeros(scan.B), zeros(scan.C)
+        self.A, self.D, self.bias, self.dt_weight = (
+            zeros(scan.A),
+            zeros(scan.D),
+            zeros(scan.bias),
+            zeros(scan.dt_weight),
+        )
+        self.state = scan.initial_state(None) if dlast is None else dlast.to(scan.dtype).transpose(2, 3)
+
+    def add_block(self, start: int, carry: torch.Tensor) -> None:
+        """Add what a block of steps contributes, from the state before it; every later block has been added."""
+        scan, block = self.scan, self.scan.block(start)
+        decay = scratch("decay", block.a.shape, block.a.device, scan.dtype)
+        states = scan.states(block, carry, decay.copy_(block.a))
+        dy = _masked(gather_steps(self.dy, direction_rows(self.dy, block.token)), block.visited)
+        # g_t = C_t dy_t + a_{t+1} g_{t+1}
+        drive = scan.product("adjoint", dy.unsqueeze(-2), block.C.unsqueeze(-1))
+        adjoint = _adjoint_states_(block.a, drive, self.state)
+        self.state = block.a[:, :, 0] * adjoint[:, :, 0]
+
+        stepped = block.step * block.u
+        dstepped = (block.B.unsqueeze(-2) @ adjoint).squeeze(-2)
+        scatter_steps_(self.B, block.row, _masked((adjoint @ stepped.unsqueeze(-1)).squeeze(-1), block.visited))
+        scatter_steps_(self.C, block.row, (states @ dy.unsqueeze(-1)).squeeze(-1))
+        du = dstepped * block.step
+        if scan.D is not None:
+            du = du + scan.D.unsqueeze(1) * dy
+            self.D += torch.einsum("bktd,bktd->kd", dy, block.u)
+        scatter_steps_(self.u, block.token, _masked(du, block.visited))
+
+        adjoint[:, :, 1:].mul_(states[:, :, :-1])  # the state before each step
+        adjoint[:, :, 0].mul_(carry)
+        decay_gradient = adjoint.mul_(block.a)  # dL/d(Delta A)
+        self.A += torch.einsum("bktnd,bktd->knd", decay_gradient, block.step)
+        self._add_step_sizes(block, decay_gradient.mul_(scan.A.unsqueeze(1)).sum(-2) + dstepped * block.u)
+
+    def _add_step_sizes(self, block: _Block, dstep: torch.Tensor) -> None:
+        """Carry the gradient of Delta, (B, K, T, D), through the softplus, the bias and the projection."""
+        scan = self.scan
+        dpre = _masked(dstep * torch.sigmoid(block.pre) if scan.delta_softplus else dstep, block.visited)
+        if scan.bias is not None:
+            self.bias += dpre.sum((0, 2))
+        if scan.dt_weight is not None:
+            dt = gather_steps(scan.delta, direction_rows(scan.delta, block.row), scan.dtype)
+            self.dt_weight += torch.einsum("bktd,bktr->kdr", dpre, dt)
+            dpre = dpre @ scan.dt_weight
+        scatter_steps_(self.delta, block.row, dpre)
 
 
 def backward(
@@ -227,7 +277,7 @@ def backward(
 ):  # fmt: skip
     """Compute the gradients of :func:`forward`'s ten tensor arguments; None for absent ones."""
     scan = _Scan(u, delta, A, B, C, D, delta_bias, dt_weight, path, grid, delta_softplus, in_step_order)
-    dy = dy.to(scan.dtype)
+    dy, dz = dy.to(scan.dtype), None
     carries, h = [], scan.initial_state(initial_state)
     y = scan.empty_output(merge) if z is not None else None
     for start in scan.starts:
@@ -237,53 +287,16 @@ def backward(
         h = states[:, :, -1].clone()
         if y is not None:
             scatter_steps_(y, block.token, scan.outputs(block, states))
-    dz = None
     if z is not None:
-        dy, dz = _gate_backward(dy, y, z)
-
-    du, dB, dC = (torch.zeros_like(x, dtype=scan.dtype) for x in (u, B, C))
-    ddelta = torch.zeros_like(delta, dtype=scan.dtype)
-    dA = torch.zeros_like(scan.A)
-    dD = None if D is None else torch.zeros_like(scan.D)
-    dbias = None if delta_bias is None else torch.zeros_like(scan.bias)
-    ddt_weight = None if dt_weight is None else torch.zeros_like(scan.dt_weight)
-    g = torch.zeros_like(h) if dlast is None else dlast.to(scan.dtype).transpose(2, 3)
+        dy, dz = gate_backward(dy, y, z)
+    gradients = _Gradients(scan, dy, dlast)
     for start, carry in zip(reversed(scan.starts), reversed(carries), strict=True):
-        block = scan.block(start)
-        decay = scratch("decay", block.a.shape, u.device, scan.dtype)
-        states = scan.states(block, carry, decay.copy_(block.a))
-        dy_t = _masked(gather_steps(dy, direction_rows(dy, block.token)), block.visited)
-        # g_t = C_t dy_t + a_{t+1} g_{t+1}
-        drive = scan.product("adjoint", dy_t.unsqueeze(-2), block.C.unsqueeze(-1))
-        adjoint = _adjoint_states_(block.a, drive, g)
-        g = block.a[:, :, 0] * adjoint[:, :, 0]
-
-        stepped = block.step * block.u
-        dstepped = (block.B.unsqueeze(-2) @ adjoint).squeeze(-2)
-        scatter_steps_(dB, block.row, _masked((adjoint @ stepped.unsqueeze(-1)).squeeze(-1), block.visited))
-        scatter_steps_(dC, block.row, (states @ dy_t.unsqueeze(-1)).squeeze(-1))
-        du_t = dstepped * block.step
-        if scan.D is not None:
-            du_t = du_t + scan.D.unsqueeze(1) * dy_t
-            dD += torch.einsum("bktd,bktd->kd", dy_t, block.u)
-        scatter_steps_(du, block.token, _masked(du_t, block.visited))
-
-        adjoint[:, :, 1:].mul_(states[:, :, :-1])  # the state before each step
-        adjoint[:, :, 0].mul_(carry)
-        decay_gradient = adjoint.mul_(block.a)  # dL/d(Delta A)
-        dA += torch.einsum("bktnd,bktd->knd", decay_gradient, block.step)
-        dstep = decay_gradient.mul_(scan.A.unsqueeze(1)).sum(-2) + dstepped * block.u
-        dpre = _masked(dstep * torch.sigmoid(block.pre) if delta_softplus else dstep, block.visited)
-        if dbias is not None:
-            dbias += dpre.sum((0, 2))
-        if ddt_weight is not None:
-            ddt_weight += torch.einsum(
-                "bktd,bktr->kdr", dpre, gather_steps(delta, direction_rows(delta, block.row), scan.dtype)
-            )
-            dpre = dpre @ scan.dt_weight
-        scatter_steps_(ddelta, block.row, dpre)
-    dinitial_state = None if initial_state is None else g.transpose(2, 3)
-    return du, ddelta, dA.transpose(1, 2), dB, dC, dD, dz, dbias, ddt_weight, dinitial_state
+        gradients.add_block(start, carry)
+    dinitial_state = None if initial_state is None else gradients.state.transpose(2, 3)
+    return (
+        gradients.u, gradients.delta, gradients.A.transpose(1, 2), gradients.B, gradients.C, gradients.D, dz,
+        gradients.bias, gradients.dt_weight, dinitial_state,
+    )  # fmt: skip
 
 
 register_implementation(Implementation("selective_scan", "torch", (), forward, backward))

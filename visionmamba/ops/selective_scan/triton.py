@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _triton
+from .._gate import apply_gate, gate_backward
 from ..backend import Implementation, register_implementation
 from ..scan_path import scan_order
 from .cuda_call import visits
@@ -25,10 +25,6 @@ def _rows(x: Tensor) -> Tensor:
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """Strides along batch, tokens and directions; 0 for the directions of a tensor that they share."""
     return (*x.stride()[:2], 0) if x.dim() == 3 else x.stride()[:3]
-
-
-def _gate(z: Tensor, dim: int) -> Tensor:
-    return (z if z.dim() == dim else z.unsqueeze(2)).float()
 
 
 class _Scan:
@@ -100,8 +96,7 @@ def forward(
     scan = _Scan(u, delta, A, B, C, D, delta_bias, dt_weight, initial_state, path, grid, delta_softplus, in_step_order)
     y, last = scan.forward()
     y = y.sum(2) if merge else y
-    if z is not None:
-        y = y * F.silu(_gate(z, y.dim()))
+    y = y if z is None else apply_gate(y, z)
     return y.to(u.dtype), last
 
 
@@ -116,11 +111,7 @@ def backward(
     dy, dz = dy.float(), None
     if z is not None:
         y = scan.forward()[0]
-        y, gate = y.sum(2) if merge else y, _gate(z, dy.dim())
-        sigmoid = torch.sigmoid(gate)
-        dz = dy * y * sigmoid * (1 + gate * (1 - sigmoid))
-        dz = dz if z.dim() == dy.dim() else dz.sum(2)
-        dy = dy * gate * sigmoid
+        dy, dz = gate_backward(dy, y.sum(2) if merge else y, z)
     dy = _rows(dy)
     tokens = (scan.batch, scan.num_tokens, scan.directions)
     du, ddelta = scan.zeros(*tokens, scan.channels), scan.zeros(*tokens, scan.channels)
