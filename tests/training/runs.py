@@ -4,8 +4,8 @@ import itertools
 import multiprocessing
 import os
 import signal
-import socket
-import threading
+import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 
 TINY = dict(
@@ -17,25 +17,27 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["visionmamba.training.run"])
 
 
-def _kill_later(steps: int, seconds: float) -> None:
-    """Let SIGKILL meet this process so many seconds after its training has done so many steps."""
+def _kill_later(steps: int, calls: int) -> None:
+    """Let SIGKILL meet this process so many calls of functions after its training has done so many steps."""
     from visionmamba.training import Trainer
 
-    take_step, done = Trainer._take_step, itertools.count(1)
+    take_step, done, called = Trainer._take_step, itertools.count(1), itertools.count(1)
+
+    def count(_frame, event, _argument):
+        if event in ("call", "c_call") and next(called) == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def counted(trainer, *arguments):
         loss = take_step(trainer, *arguments)
         if next(done) == steps:
-            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            sys.setprofile(count)
         return loss
 
     Trainer._take_step = counted
 
 
-def _child(configs: list[dict], environment: dict, kill_after: tuple[int, float] | None) -> None:
+def _child(configs: list[dict], environment: dict, kill_after: tuple[int, int] | None) -> None:
     os.environ.update(environment)
-    # a loader's workers leave when their parent is gone, which a fork server between the two would hide from them
-    multiprocessing.set_start_method("fork", force=True)
     import torch
 
     torch.set_num_threads(1)
@@ -48,34 +50,56 @@ def _child(configs: list[dict], environment: dict, kill_after: tuple[int, float]
     for config in (TrainConfig(**given) for given in configs):
         Trainer(config, join_world(config.device)).run()
     leave_world()
+    if kill_after:  # the run was shorter
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def start(config: dict, environment: dict | None = None, kill_after: tuple[int, float] | None = None):
-    """Start a run; ``kill_after`` is a number of steps and the seconds from there to its SIGKILL."""
+def start(config: dict, environment: dict | None = None, kill_after: tuple[int, int] | None = None):
+    """Start a run; ``kill_after`` are the arguments of :func:`_kill_later`."""
     return start_in_turn([config], environment, kill_after)
 
 
-def start_in_turn(configs: list[dict], environment: dict | None = None, kill_after: tuple[int, float] | None = None):
+def start_in_turn(configs: list[dict], environment: dict | None = None, kill_after: tuple[int, int] | None = None):
     """Start a process that does one run after the other."""
     process = _context.Process(target=_child, args=(configs, environment or {}, kill_after))
     process.start()
     return process
 
 
+def statuses(*processes) -> list[int]:
+    """Wait for runs, for as long as none fails; return their exit statuses and leave none behind."""
+    waiting = {process.sentinel: process for process in processes}
+    try:
+        while waiting and not any(process.exitcode for process in processes):
+            for sentinel in wait(list(waiting)):
+                waiting.pop(sentinel).join()
+    finally:
+        for process in waiting.values():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
 def finish(*processes) -> None:
     """Wait for runs that must succeed."""
-    for process in processes:
-        process.join(300)
-        assert process.exitcode == 0
+    assert statuses(*processes) == [0] * len(processes)
 
 
 def start_world(config: dict, size: int, environment: dict | None = None) -> list:
-    """Start a run of several processes on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    common = {**(environment or {}), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    return [start(config, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
+    """Start a run of several processes on this machine, which meet as torchrun's do: in a store that is there first."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    common = {
+        **(environment or {}),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+    }
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    processes = [start(config, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
+    processes[0].store = store  # is there as long as they are
+    return processes
 
 
 def weights(folder: Path) -> dict:
