@@ -1,7 +1,5 @@
 """Tensor and context parallel models equal one process: outputs, gradients, on gloo with two and three processes."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -137,12 +135,11 @@ def _check_errors(name, mesh):
         context_parallel(_model("hybrid", mesh), mesh)
 
 
-def _worker(rank, ranks, port, checks, device):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+def _worker(rank, ranks, meeting, checks, device):
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", f"file://{meeting}", rank=rank, world_size=ranks)
     try:
         mesh = init_device_mesh(device, (ranks,))
         for check, name in checks:
@@ -151,39 +148,37 @@ def _worker(rank, ranks, port, checks, device):
         dist.destroy_process_group()
 
 
-def _free_port():
-    import socket
+@pytest.fixture
+def run(tmp_path):
+    """Run checks in several processes, which meet in a file: no port that another test could take."""
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    def run(ranks, checks, device="cpu"):
+        mp.spawn(_worker, (ranks, tmp_path / "meeting", checks, device), nprocs=ranks, daemon=True)
 
-
-def _run(ranks, checks, device="cpu"):
-    mp.spawn(_worker, (ranks, _free_port(), checks, device), nprocs=ranks)
+    return run
 
 
-def test_tensor_parallel():
-    _run(2, [("_check_tensor_parallel", name) for name in CONFIGS])
+def test_tensor_parallel(run):
+    run(2, [("_check_tensor_parallel", name) for name in CONFIGS])
 
 
-def test_context_parallel_on_two_processes():
-    _run(2, [("_check_context_parallel", name) for name in ("groups", "mlp_beside", "no_norm")])
+def test_context_parallel_on_two_processes(run):
+    run(2, [("_check_context_parallel", name) for name in ("groups", "mlp_beside", "no_norm")])
 
 
-def test_three_processes():
-    _run(3, [("_check_context_parallel", "one_group"), ("_check_errors", "")])
+def test_three_processes(run):
+    run(3, [("_check_context_parallel", "one_group"), ("_check_errors", "")])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("name", CONFIGS)
-def test_tensor_parallel_on_two_gpus(name):
-    _run(2, [("_check_tensor_parallel", name)], "cuda")
+def test_tensor_parallel_on_two_gpus(run, name):
+    run(2, [("_check_tensor_parallel", name)], "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("name", ["one_group", "groups", "mlp_beside", "no_norm"])
-def test_context_parallel_on_two_gpus(name):
-    _run(2, [("_check_context_parallel", name)], "cuda")
+def test_context_parallel_on_two_gpus(run, name):
+    run(2, [("_check_context_parallel", name)], "cuda")
