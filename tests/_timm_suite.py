@@ -17,6 +17,7 @@ from types import ModuleType
 from unittest import mock
 
 import timm
+from filelock import FileLock
 
 _VERSION = "1.0.31"
 _SDIST_SHA256 = "baa0b333339c46d3d6d4965d99b69f5053afed71210e8f433d7ea5ee6a18f0ec"
@@ -43,9 +44,26 @@ def fetch_suite() -> Path:
         SuiteUnavailableError: It is not in the cache and cannot be downloaded.
     """
     suite = _cache() / "test_models.py"
-    if suite.is_file() and _sha256(suite) == _SUITE_SHA256:
-        return suite
     suite.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(suite.with_suffix(".lock")):  # one of a run's workers downloads, the others read
+        if not suite.is_file() or _sha256(suite) != _SUITE_SHA256:
+            _download_or_fail_alike(suite)
+    return suite
+
+
+def _download_or_fail_alike(suite: Path) -> None:
+    """Download; what failed for one worker of a run fails for all, else they would not collect the same tests."""
+    run, note = os.environ.get("PYTEST_XDIST_TESTRUNUID", "alone"), suite.with_suffix(".failed")
+    if run != "alone" and note.is_file() and note.read_text().startswith(run):
+        raise SuiteUnavailableError(note.read_text().removeprefix(run))
+    try:
+        _download(suite)
+    except SuiteUnavailableError as error:
+        note.write_text(f"{run}{error}")
+        raise
+
+
+def _download(suite: Path) -> None:
     with tempfile.TemporaryDirectory(dir=suite.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", f"timm=={_VERSION}", "--no-deps", "--no-binary", "timm"]
         options = ["--quiet", "--retries", "1", "--timeout", "20", "--dest", folder]
@@ -61,7 +79,6 @@ def fetch_suite() -> Path:
         fresh = Path(folder) / suite.name
         fresh.write_bytes(content)
         fresh.replace(suite)
-    return suite
 
 
 def _is_sequence_model(name: str) -> bool:
