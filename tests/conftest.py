@@ -1,12 +1,14 @@
-"""What all tests share: what is skipped where, and one thread for each parallel worker."""
+"""What all tests share: what is skipped where, one thread for each parallel worker, and numbers drawn alike."""
 
 import os
+import random
 import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch and numba start their threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +26,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Let a test draw the same numbers whichever tests ran before it: also in fixtures of a module or a session."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
