@@ -26,7 +26,7 @@ def digits(tmp_path_factory):
 
 def _tool(name, *arguments):
     command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
