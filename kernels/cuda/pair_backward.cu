@@ -52,7 +52,7 @@ struct Backward : Walk {
   __device__ __forceinline__ void begin(int piece, int turn) const {
     char* to = buffers + turn * MAIN_BUFFER;
     if (at.ok) copy_16(to + LINKS_AT + at.lane * 16, row_of(links, piece, p.channels * 8));
-    if (!FIRST) Rows<float>::copy(at, common.tokens_of(turn), to + BEFORE_AT, before_rows, p.channels * 4);
+    if (!FIRST && Rows<float>::present(p, at)) Rows<float>::copy(at, common.tokens_of(turn), to + BEFORE_AT, before_rows, p.channels * 4, true);
   }
 
   // The state (times DECAY_SCALE) before a lane's steps and the adjoint behind them: the second chunk takes the state from the

@@ -111,18 +111,19 @@ struct Common {
   __device__ __forceinline__ void read_C(const Seat& at, bool reverse, float to[SLOTS]) const { load_floats<SLOTS>(words + (2 + reverse) * ROW + at.chunk * SLOTS, to); }
 };
 
-// Copies of a piece's rows of 32 channels, 16 bytes a lane.
+// Copies of a piece's rows of 32 channels, 16 bytes a lane. Without a token row 0 is read; rows that this launch writes are
+// left out then, since another warp may be writing that one.
 template <class T> struct Rows {
   static constexpr int PER_ROW = TILE_CHANNELS * (int)sizeof(T) / 16, TURNS = (PIECE * PER_ROW + 31) / 32;
-  static __device__ __forceinline__ int channel(const PairArgs& p, const Seat& at) {
-    const int c = at.tile * TILE_CHANNELS + at.lane % PER_ROW * (16 / (int)sizeof(T));
-    return FULL || c < p.channels ? c : 0;
-  }
-  static __device__ __forceinline__ void copy(const Seat& at, const int* tokens, char* to, const T* from, int stride) {
+  static __device__ __forceinline__ int wanted(const Seat& at) { return at.tile * TILE_CHANNELS + at.lane % PER_ROW * (16 / (int)sizeof(T)); }
+  static __device__ __forceinline__ bool present(const PairArgs& p, const Seat& at) { return FULL || wanted(at) < p.channels; }
+  static __device__ __forceinline__ int channel(const PairArgs& p, const Seat& at) { return present(p, at) ? wanted(at) : 0; }
+  static __device__ __forceinline__ void copy(const Seat& at, const int* tokens, char* to, const T* from, int stride, bool written = false) {
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
       const int part = i * 32 + at.lane, row = part / PER_ROW;
-      if (row < PIECE) copy_16(to + part * 16, row_of(from, row_seen(tokens[Common::slot(row)]), stride));
+      if (row < PIECE && (FULL || !written || tokens[Common::slot(row)] >= 0))
+        copy_16(to + part * 16, row_of(from, row_seen(tokens[Common::slot(row)]), stride));
     }
   }
 };

@@ -13,13 +13,13 @@ constexpr bool EVERY_WINDOW = CHECKPOINTS == WINDOWS;    // a checkpoint before 
 static_assert(EVERY_WINDOW || CHECKPOINTS == 1, "checkpoints are of windows or of groups");
 
 // GATE 1: directions share the gates, and the parts of their gradient are float32 and merged by a second kernel; 2: a gate
-// has one direction, whose gradient is written here.
-struct __align__(16) BackwardShared {
+// has one direction, whose gradient is written here. The struct itself is aligned to 4 bytes: lanes see it from an offset.
+struct BackwardShared {
   float x[TILE_STEPS * CHANNELS], u[TILE_STEPS * CHANNELS], dy[TILE_STEPS * CHANNELS], slope[TILE_STEPS * CHANNELS];
 #if GATE
   float y[TILE_STEPS * CHANNELS], dgate[TILE_STEPS * CHANNELS];  // the ungated output; the output's gradient times silu'(z)
 #endif
-  float from_B[TILE_STEPS * CHANNELS], from_A[TILE_STEPS * CHANNELS], B[TILE_STEPS * N], C[TILE_STEPS * N];
+  float through[2 * TILE_STEPS * CHANNELS], B[TILE_STEPS * N], C[TILE_STEPS * N];  // through: from B, then from A
 };
 
 // Hides from the compiler where a value comes from, so that it keeps it in a register instead of computing it again.
@@ -66,7 +66,8 @@ template <bool KEEP> __device__ __forceinline__ void advance(const BackwardShare
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backward(const __grid_constant__ ScanArgs p) {
-  __shared__ BackwardShared shared[WARPS];
+  static_assert(sizeof(BackwardShared) % 16 == 0, "a warp's rows are read four floats at a time");
+  __align__(16) __shared__ BackwardShared shared[WARPS];
   __shared__ float sums[2][WARPS][TILE_STEPS * 2 * N];
   const Place at(p);
   BackwardShared& s = shared[at.warp];
@@ -142,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
     raw_z.load(z, p.z_l, at, rows);
 #endif
   };
-  // Where a lane leaves its sums: from_B and from_A of a step, dB and dC of BATCH steps, y.
+  // Where a lane leaves its sums: those through B and A of a step, dB and dC of BATCH steps, y.
   const int kept = kept_by<2 * CPT, STATE_LANES, CHANNEL_LANES>(at.lane);
   BackwardShared& through_to = seen_from(shared, base + 4 * (kept / CPT * (TILE_STEPS * CHANNELS) + at.c * CPT + kept % CPT));
   constexpr int M = BATCH * 2 * SPT, LEFT = M > CHANNEL_LANES ? M / CHANNEL_LANES : 1, REPEATS = CHANNEL_LANES > M ? CHANNEL_LANES / M : 1;
@@ -261,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
         constexpr int KEPT = 2 * CPT > STATE_LANES ? 2 * CPT / STATE_LANES : 1, COPIES = STATE_LANES > 2 * CPT ? STATE_LANES / (2 * CPT) : 1;
         if (at.q % COPIES == 0) {
 #pragma unroll
-          for (int i = 0; i < KEPT; i++) through_to.from_B[i / CPT * (TILE_STEPS * CHANNELS) + step * CHANNELS + i % CPT] = through[i];
+          for (int i = 0; i < KEPT; i++) through_to.through[i / CPT * (TILE_STEPS * CHANNELS) + step * CHANNELS + i % CPT] = through[i];
         }
         if (t % BATCH == 0) {
           reduce_over_lanes<M, CHANNEL_LANES, 1>(shared_sums, at.lane);
@@ -283,8 +284,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
       load_floats<VEC>(staged.u + from, f);
       load_floats<VEC>(staged.dy + from, g);
       load_floats<VEC>(staged.slope + from, slope);
-      load_floats<VEC>(staged.from_B + from, from_B);
-      load_floats<VEC>(staged.from_A + from, from_A);
+      load_floats<VEC>(staged.through + from, from_B);
+      load_floats<VEC>(staged.through + TILE_STEPS * CHANNELS + from, from_A);
 #if GATE
       float y[VEC], dz[VEC];
       load_floats<VEC>(staged.y + from, y);
