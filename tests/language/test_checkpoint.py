@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from visionmamba.language import MambaConfig, MambaLMHeadModel
 from visionmamba.language.text import load_tokenizer
+from visionmamba.models._checkpoint import CheckpointError
 
 
 @pytest.mark.parametrize("layout", ["mamba_ssm", "huggingface"])
@@ -131,7 +132,16 @@ def test_only_tensors_are_unpickled(tmp_path):
 
     small_model("mamba1").save_pretrained(tmp_path, safe_serialization=False)
     torch.save({"backbone.embedding.weight": Payload()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(Exception, match=r"[Ww]eights"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: holds more than tensors"):
+        MambaLMHeadModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_truncated_weights(safe, tmp_path):
+    small_model("mamba1").save_pretrained(tmp_path, safe_serialization=safe)
+    file = tmp_path / ("model.safetensors" if safe else "pytorch_model.bin")
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=rf"{file.name}: not a readable"):
         MambaLMHeadModel.from_pretrained(tmp_path)
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..models._checkpoint import read_tensors
 
 __all__ = ["Source", "from_huggingface", "load", "save", "to_huggingface"]
 
@@ -90,11 +92,12 @@ class Source:
 
         Raises:
             FileNotFoundError: There are none.
+            CheckpointError: A file cannot be read, or holds code.
         """
         for file in _WEIGHTS:
             path = self.path(file)
             if path is not None:
-                return _read(path)
+                return read_tensors(path, mmap=True)
             index = self.path(f"{file}.index.json")
             if index is not None:
                 shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -105,13 +108,7 @@ class Source:
         path = self.path(file)
         if path is None:
             raise self.missing(f"no {file}, which the index names")
-        return _read(path)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return read_tensors(path, mmap=True)
 
 
 def from_huggingface(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

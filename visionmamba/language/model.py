@@ -317,6 +317,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         Raises:
             ValueError: The weights do not fit the configuration; the message says where.
             FileNotFoundError: A file is missing.
+            CheckpointError: A file cannot be read, or holds code.
         """
         source = checkpoint.Source(pretrained_model_name)
         config = MambaConfig.from_dict(source.config())

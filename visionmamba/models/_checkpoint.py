@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
 from torch.serialization import safe_globals
 
-__all__ = ["CheckpointError", "load_checkpoint_file", "strip_prefixes"]
+__all__ = ["CheckpointError", "load_checkpoint_file", "read_tensors", "strip_prefixes"]
 
 _NESTINGS = ("model", "state_dict", "model_ema", "state_dict_ema", "module")
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -42,10 +43,10 @@ _ALLOWED = [
 ]
 
 
-def _unpickle(path: Path) -> object:
+def _unpickle(path: Path, mmap: bool = False) -> object:
     try:
         with safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds more than tensors, and nothing in a checkpoint is ever executed ({_first_line(error)}). "
@@ -86,6 +87,18 @@ def _tensors(checkpoint: object, path: Path) -> dict[str, torch.Tensor]:
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors under {', '.join(_NESTINGS)} or at the top")
     return tensors
+
+
+def read_tensors(path: Path, mmap: bool = False) -> dict[str, torch.Tensor]:
+    """Read the tensors of a file under the keys that they have there; see :func:`load_checkpoint_file`.
+
+    Args:
+        path: The file.
+        mmap: Leave a ``torch.save`` file on disk until its tensors are used.
+    """
+    if path.suffix == _HF_SAFETENSORS:
+        return _read_safetensors(path)
+    return _tensors(_unpickle(path, mmap), path)
 
 
 def strip_prefixes(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -133,6 +146,4 @@ def load_checkpoint_file(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         path = path / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
-    if path.suffix == _HF_SAFETENSORS:
-        return strip_prefixes(_read_safetensors(path))
-    return strip_prefixes(_tensors(_unpickle(path), path))
+    return strip_prefixes(read_tensors(path))
