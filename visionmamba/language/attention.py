@@ -184,28 +184,32 @@ class MHA(nn.Module):
         qkv, mlp = self.in_proj(x).split([self.in_proj.out_features - self.mlp_dim, self.mlp_dim], dim=-1)
         if self.d_conv > 0:
             qkv = self._convolve(qkv, seq_idx, conv_state[0] if conv_state else None, offset)
-        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(
-            [self.num_heads, self.num_heads_kv, self.num_heads_kv], dim=-2
-        )
         if lengths is None:
             positions = torch.arange(offset, offset + length, device=x.device)
         else:
             positions = lengths[:batch].unsqueeze(-1)
-        if self.rotary_emb_dim > 0:
-            options = (positions, self.rotary_emb_dim, self.rotary_emb_base, self.rotary_emb_interleaved)
-            q, k = rotate(q, *options), rotate(k, *options)
+        q, k, v = self._heads(qkv, positions)
         if inference_params is None or (offset == 0 and length > 1):
             mask = None if seq_idx is None else self._packed_mask(seq_idx)
             context = self._attend(q, k, v, mask, self.causal and mask is None)
             if inference_params is not None:
                 kv_cache[:, :length].copy_(torch.stack([k, v], dim=2))
         else:
-            context = self._attend_to_cache(q, k, v, kv_cache, positions, None if lengths is None else batch)
+            context = self._attend_to_cache(q, k, v, kv_cache, positions, on_device=lengths is not None)
         context = context.flatten(-2)
         if self.mlp_dim > 0:
             up, gate = mlp.chunk(2, dim=-1)
             context = torch.cat([context, up * F.silu(gate)], dim=-1)
         return self.out_proj(context)
+
+    def _heads(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split into rotated queries (B, L, H, P) and keys, and values (B, L, H_kv, P)."""
+        heads = [self.num_heads, self.num_heads_kv, self.num_heads_kv]
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(heads, dim=-2)
+        if self.rotary_emb_dim > 0:
+            options = (positions, self.rotary_emb_dim, self.rotary_emb_base, self.rotary_emb_interleaved)
+            q, k = rotate(q, *options), rotate(k, *options)
+        return q, k, v
 
     def _convolve(self, qkv: Tensor, seq_idx: Tensor | None, state: Tensor | None, offset: int) -> Tensor:
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
@@ -232,10 +236,15 @@ class MHA(nn.Module):
         )
         return context.transpose(1, 2)
 
-    def _attend_to_cache(self, q, k, v, kv_cache, positions, rows) -> Tensor:
-        """Write new keys and values into the cache, and attend to everything up to each query."""
+    def _attend_to_cache(
+        self, q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor, positions: Tensor, on_device: bool
+    ) -> Tensor:
+        """Write new keys and values into the cache (B, S, 2, H_kv, P), and attend to everything up to each query.
+
+        ``positions`` are (L,), which the host may read; or, ``on_device``, one for each row of the batch, (B, 1).
+        """
         new = torch.stack([k, v], dim=2).to(kv_cache.dtype)
-        if rows is None:
+        if not on_device:
             start, stop = int(positions[0]), int(positions[-1]) + 1
             kv_cache[:, start:stop].copy_(new)
             keys = kv_cache[:, :stop]
@@ -245,7 +254,7 @@ class MHA(nn.Module):
             kv_cache.scatter_(1, positions.long()[:, :, None, None, None].expand_as(new), new)
             keys = kv_cache
             visible = (torch.arange(kv_cache.shape[1], device=q.device) <= positions.unsqueeze(-1)).unsqueeze(1)
-        mask = None if q.shape[1] == 1 and rows is None else visible
+        mask = None if q.shape[1] == 1 and not on_device else visible
         return self._attend(q, keys[:, :, 0].to(q.dtype), keys[:, :, 1].to(q.dtype), mask, False)
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **_kwargs) -> tuple[Tensor, ...]:
