@@ -78,6 +78,29 @@ def _rows_of(ptr, token, stride, columns, valid, width):
 
 
 @triton.jit
+def _store_rows(ptr, token, stride, columns, valid, width, values):
+    """Write rows of a matrix whose columns are contiguous, in its dtype."""
+    mask = valid[:, None] & (columns < width)[None, :]
+    tl.store(ptr + token[:, None] * stride + columns[None, :], values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _state_layout(p, n, P, N):
+    """Offsets of a state (P, N), and which of them there are."""
+    mask = (p < P)[:, None] & (n < N)[None, :]
+    return p[:, None] * N + n[None, :], mask
+
+
+@triton.jit
+def _skip_weight(D_ptr, kh, p, P, SKIP: tl.constexpr):
+    """D of a head: one number (SKIP 1), or one a channel (SKIP 2)."""
+    if SKIP == 1:
+        return tl.load(D_ptr + kh)
+    else:
+        return tl.load(D_ptr + kh * P + p, mask=p < P, other=0.0)[None, :]
+
+
+@triton.jit
 def _sum_and_last(sum1, last1, sum2, last2):
     return sum1 + sum2, last2
 
@@ -128,6 +151,21 @@ def _decay_matrix(total, sequence, Q: tl.constexpr, PACKED: tl.constexpr, PRECIS
 
 
 @triton.jit
+def _chunk(
+    order_ptr, segment_ptr, dt_ptr, dt_l, A, bias, start, q, steps, dt_min, dt_max,
+    Q: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tokens of a chunk, and its step sizes and decays for one head as :func:`_decays` gives them."""
+    rows = start + q
+    token, valid = _tokens(order_ptr, rows, steps)
+    step, _pre, _free = _step_sizes(dt_ptr, dt_l, token, valid, bias, dt_min, dt_max, SOFTPLUS)
+    total, entry, leaving, through, step, sequence = _decays(
+        step, A, segment_ptr, rows, start, steps, Q, PACKED, PRECISION
+    )
+    return token, valid, total, entry, leaving, through, step, sequence
+
+
+@triton.jit
 def _advance(state, scores, x, B, C, step, entry, leaving, through, PRECISION: tl.constexpr):
     """Outputs of a chunk, without the skip, and the state after it, given the decayed C B^T."""
     weights = scores * step[None, :]
@@ -148,8 +186,7 @@ def ssd_forward(
     BIAS: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and last state of one segment of a row, BLOCK_P channels. SKIP: 0 none, 1 D (K, H), 2 D (K, H, P)."""
-    row = tl.program_id(0)
-    part = tl.program_id(1)
+    row, part = tl.program_id(0), tl.program_id(1)
     b, k, h, g, kh = _place(row, directions, heads, heads_per_group)
     q, p, n = tl.arange(0, Q), tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     x_ptr += b * x_b + k * x_k + h * x_h
@@ -160,37 +197,29 @@ def ssd_forward(
     order_ptr += k * steps
     segment_ptr += (b * directions + k) * steps
     A, bias = _decay_and_bias(A_ptr, bias_ptr, kh, BIAS)
-    state_mask = (p < P)[:, None] & (n < N)[None, :]
-    state_offsets = p[:, None] * N + n[None, :]
+    state_offsets, state_mask = _state_layout(p, n, P, N)
     state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     if STATE:
-        state_base = (row.to(tl.int64) * segments + part) * P * N
-        state = tl.load(before_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
+        place = (row.to(tl.int64) * segments + part) * P * N
+        state = tl.load(before_ptr + place + state_offsets, mask=state_mask, other=0.0)
     for c in range(0, chunks_per_segment):
         start = (part * chunks_per_segment + c) * Q
-        rows = start + q
-        token, valid = _tokens(order_ptr, rows, steps)
-        step, _pre, _free = _step_sizes(dt_ptr, dt_l, token, valid, bias, dt_min, dt_max, SOFTPLUS)
-        total, entry, leaving, through, step, sequence = _decays(
-            step, A, segment_ptr, rows, start, steps, Q, PACKED, PRECISION
-        )
+        token, valid, total, entry, leaving, through, step, sequence = _chunk(
+            order_ptr, segment_ptr, dt_ptr, dt_l, A, bias, start, q, steps, dt_min, dt_max, Q, SOFTPLUS, PACKED,
+            PRECISION,
+        )  # fmt: skip
         x = _rows_of(x_ptr, token, x_l, p, valid, P)
         B = _rows_of(B_ptr, token, B_l, n, valid, N)
         C = _rows_of(C_ptr, token, C_l, n, valid, N)
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
         scores *= _decay_matrix(total, sequence, Q, PACKED, PRECISION)
         y, state = _advance(state, scores, x, B, C, step, entry, leaving, through, PRECISION)
-        if SKIP == 1:
-            y += tl.load(D_ptr + kh) * x.to(tl.float32)
-        if SKIP == 2:
-            y += tl.load(D_ptr + kh * P + p, mask=p < P, other=0.0)[None, :] * x.to(tl.float32)
+        if SKIP > 0:
+            y += _skip_weight(D_ptr, kh, p, P, SKIP) * x.to(tl.float32)
         if GATE:
             z = _rows_of(z_ptr + b * z_b + k * z_k + h * z_h, token, z_l, p, valid, P).to(tl.float32)
             y *= z / (1.0 + tl.exp(-z))
-        tl.store(
-            y_ptr + token[:, None] * y_l + p[None, :], y.to(y_ptr.dtype.element_ty),
-            mask=valid[:, None] & (p < P)[None, :],
-        )  # fmt: skip
+        _store_rows(y_ptr, token, y_l, p, valid, P, y)
     if part == segments - 1:
         tl.store(final_ptr + row.to(tl.int64) * P * N + state_offsets, state, mask=state_mask)
 
@@ -207,8 +236,7 @@ def ssd_states(
 
     In REVERSE the value is dy and the key C: what the segment adds to the gradient of the state before it.
     """
-    row = tl.program_id(0)
-    part = tl.program_id(1)
+    row, part = tl.program_id(0), tl.program_id(1)
     b, k, h, g, kh = _place(row, directions, heads, heads_per_group)
     q, p, n = tl.arange(0, Q), tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     value_ptr += b * v_b + k * v_k + h * v_h
@@ -223,13 +251,10 @@ def ssd_states(
         chunk = part * chunks_per_segment + c
         if REVERSE:
             chunk = part * chunks_per_segment + chunks_per_segment - 1 - c
-        start = chunk * Q
-        rows = start + q
-        token, valid = _tokens(order_ptr, rows, steps)
-        step, _pre, _free = _step_sizes(dt_ptr, dt_l, token, valid, bias, dt_min, dt_max, SOFTPLUS)
-        _total, entry, leaving, through, step, _sequence = _decays(
-            step, A, segment_ptr, rows, start, steps, Q, PACKED, PRECISION
-        )
+        token, valid, _total, entry, leaving, through, step, _sequence = _chunk(
+            order_ptr, segment_ptr, dt_ptr, dt_l, A, bias, chunk * Q, q, steps, dt_min, dt_max, Q, SOFTPLUS, PACKED,
+            PRECISION,
+        )  # fmt: skip
         weight = leaving * step
         if REVERSE:
             weight = entry
@@ -311,8 +336,7 @@ def ssd_gradients(
     PACKED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x, dt, A and D in a chunk of a row, given the state before it and the gradient of that after it."""
-    row = tl.program_id(0)
-    chunk = tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     b, k, h, g, kh = _place(row, directions, heads, heads_per_group)
     q, p, n = tl.arange(0, Q), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     start = chunk * Q
@@ -334,28 +358,21 @@ def ssd_gradients(
     weights = tl.dot(C, tl.trans(B), input_precision=PRECISION) * _decay_matrix(total, sequence, Q, PACKED, PRECISION)
     dx, dstep, dlog = _within_chunk(weights, x, dy, step, Q, PRECISION)
     state_base = (row.to(tl.int64) * chunks + chunk) * P * N
-    state_mask = (p < P)[:, None] & (n < N)[None, :]
-    state_offsets = p[:, None] * N + n[None, :]
+    state_offsets, state_mask = _state_layout(p, n, P, N)
     before = tl.load(before_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
     after = tl.load(after_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
     dx, dstep, dlog = _add_states(dx, dstep, dlog, x, dy, B, C, before, after, step, entry, leaving, through, PRECISION)
     if SKIP > 0:
         per_channel = tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=0)
         tl.store(dD_ptr + (row.to(tl.int64) * chunks + chunk) * P + p, per_channel, mask=p < P)
-    if SKIP == 1:
-        dx += tl.load(D_ptr + kh) * dy.to(tl.float32)
-    if SKIP == 2:
-        dx += tl.load(D_ptr + kh * P + p, mask=p < P, other=0.0)[None, :] * dy.to(tl.float32)
+        dx += _skip_weight(D_ptr, kh, p, P, SKIP) * dy.to(tl.float32)
     tl.store(dA_ptr + row.to(tl.int64) * chunks + chunk, tl.sum(dlog * step, axis=0))
     dpre = tl.where(free, dstep + dlog * A, 0.0)
     if SOFTPLUS:
         dpre = dpre / (1.0 + tl.exp(-pre))
-    place = (b * num_tokens + token) * directions * heads + kh
-    tl.store(ddt_ptr + place, dpre, mask=valid)
-    tl.store(
-        dx_ptr + place[:, None] * P + p[None, :], dx.to(dx_ptr.dtype.element_ty),
-        mask=valid[:, None] & (p < P)[None, :],
-    )  # fmt: skip
+    token_row = (b * num_tokens + token) * directions * heads + kh
+    tl.store(ddt_ptr + token_row, dpre, mask=valid)
+    _store_rows(dx_ptr, token_row, P, p, valid, P, dx)
 
 
 @triton.jit
@@ -368,8 +385,7 @@ def ssd_shared_gradients(
     SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of B and C in one chunk, summed over some heads of a group."""
-    program = tl.program_id(0)
-    chunk = tl.program_id(1)
+    program, chunk = tl.program_id(0), tl.program_id(1)
     split = program % splits
     g = (program // splits) % groups
     k = (program // (splits * groups)) % directions
@@ -382,8 +398,7 @@ def ssd_shared_gradients(
     dscores = tl.zeros([Q, Q], tl.float32)
     dB = tl.zeros([Q, BLOCK_N], tl.float32)
     dC = tl.zeros([Q, BLOCK_N], tl.float32)
-    state_mask = (p < P)[:, None] & (n < N)[None, :]
-    state_offsets = p[:, None] * N + n[None, :]
+    state_offsets, state_mask = _state_layout(p, n, P, N)
     for i in range(0, heads_per_program):
         within = split * heads_per_program + i
         if within < heads_per_group:
@@ -413,7 +428,6 @@ def ssd_shared_gradients(
     C = _rows_of(C_ptr + b * C_b + k * C_k + g * C_g, token, C_l, n, valid, N)
     dC += tl.dot(dscores.to(B.dtype), B, input_precision=PRECISION)
     dB += tl.dot(tl.trans(dscores.to(C.dtype)), C, input_precision=PRECISION)
-    place = (((b * num_tokens + token) * splits + split) * directions + k) * groups + g
-    mask = valid[:, None] & (n < N)[None, :]
-    tl.store(dB_ptr + place[:, None] * N + n[None, :], dB, mask=mask)
-    tl.store(dC_ptr + place[:, None] * N + n[None, :], dC, mask=mask)
+    token_row = (((b * num_tokens + token) * splits + split) * directions + k) * groups + g
+    _store_rows(dB_ptr, token_row, N, n, valid, N, dB)
+    _store_rows(dC_ptr, token_row, N, n, valid, N, dC)
