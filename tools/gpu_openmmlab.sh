@@ -11,7 +11,7 @@ shift
 parts=${*:-ops bench det seg families}
 python=${PYTHON:-python3}
 tiny=${TINY:-}
-work=$out/work report=$out/report scenes=$out/work/scenes
+work=$out/work report=$out/report
 mkdir -p "$work" "$report"
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD:$PWD/tools" PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
 status=0
@@ -27,28 +27,31 @@ run() { # name, command...: a log of its own, the last lines shown
 
 if [ -n "$tiny" ]; then
   export CUDA_VISIBLE_DEVICES=""
-  det_scenes=(--train 6 --val 2 --size 96) bench=(--shape 96 128 --steps 1 --warmup 1 --precision float32) seconds=8 short=1 interval=2
+  few=(--train 6 --val 2 --size 96) many=(--train 8 --val 2 --size 96) bench=(--shape 96 128 --steps 1 --warmup 1 --precision float32) seconds=8 short=1 interval=2
   small=(train_dataloader.batch_size=2 train_dataloader.num_workers=0 train_dataloader.persistent_workers=False
     val_dataloader.num_workers=0 val_dataloader.persistent_workers=False test_dataloader.num_workers=0
     test_dataloader.persistent_workers=False default_hooks.logger.interval=2)
   det_small=("${small[@]}" "train_dataloader.dataset.pipeline.2.scale=(96,96)" "val_dataloader.dataset.pipeline.1.scale=(96,96)")
   seg_small=("${small[@]}" "model.data_preprocessor.size=(96,96)")
 else
-  det_scenes=(--workers 12) bench=() seconds=${TIME:-180} short=2 interval=10 small=() det_small=()
+  few=(--workers 12) many=(--train 12000 --workers 12) bench=() seconds=${TIME:-180} short=2 interval=10 small=() det_small=()
   seg_small=(optim_wrapper.dtype=bfloat16 --amp) # after --cfg-options' values: mixed precision
 fi
-[ -d "$scenes" ] || run scenes "$python" tools/make_digit_scenes.py "$scenes" "${det_scenes[@]}" || exit 1
-roots=(train_dataloader.dataset.data_root="$scenes/" val_dataloader.dataset.data_root="$scenes/"
-  test_dataloader.dataset.data_root="$scenes/")
-anns=(val_evaluator.ann_file="$scenes/val/annotations.json" test_evaluator.ann_file="$scenes/val/annotations.json")
 det_configs=configs/detection/digit_scenes
 main_det=$det_configs/mask-rcnn_vmamba-t-s1l8_fpn_1xb8-3min_digit-scenes.py
 main_seg=configs/segmentation/digit_scenes/vmamba-t-s1l8_upernet_1xb64-3min_digit-scenes-256x256.py
 
+scenes() { # name, argument...: the digit scenes that come next; drawn once
+  scenes=$work/$1
+  [ -d "$scenes" ] || run "$1" "$python" tools/make_digit_scenes.py "$scenes" "${@:2}" || exit 1
+}
+
 train() { # det or seg, name, config, option...
-  local tool=$1 name=$2 config=$3
+  local tool=$1 name=$2 config=$3 data=()
   shift 3
-  run "$name" "$python" "tools/${tool}_train.py" "$config" --work-dir "$work/$name" --cfg-options "${roots[@]}" \
+  for split in train val test; do data+=("${split}_dataloader.dataset.data_root=$scenes/"); done
+  [ "$tool" = det ] && for split in val test; do data+=("${split}_evaluator.ann_file=$scenes/val/annotations.json"); done
+  run "$name" "$python" "tools/${tool}_train.py" "$config" --work-dir "$work/$name" --cfg-options "${data[@]}" \
     default_hooks.logger.interval="$interval" "$@"
 }
 
@@ -64,17 +67,20 @@ for part in $parts; do
     bench)
       run bench "$python" tools/bench_det.py --output "$report/bench.json" "${bench[@]}" ;;
     det)
-      train det det "$main_det" "${anns[@]}" "${det_small[@]}" custom_hooks.0.seconds="$seconds" && pictures det
+      scenes scenes "${few[@]}"
+      train det det "$main_det" "${det_small[@]}" custom_hooks.0.seconds="$seconds" && pictures det
       run det_report "$python" tools/training_report.py "$report/det_curves" "$work/det" ;;
-    seg)
+    seg) # many scenes: it sees ten times as many images as the detector, and would learn two thousand by heart
+      scenes many_scenes "${many[@]}"
       train seg seg "$main_seg" custom_hooks.0.seconds="$seconds" "${seg_small[@]}" && pictures seg
       run seg_report "$python" tools/training_report.py "$report/seg_curves" "$work/seg" ;;
     families) # one model of each other family, all at a time, 500 steps of 8 images: the loss has to fall
+      scenes scenes "${few[@]}"
       works=() trainings=()
       for config in "$det_configs"/*36e*.py; do
         name=$(basename "$config" _1xb16-36e_digit-scenes.py)
         [ "$name" = mask-rcnn_vmamba-t-s1l8_fpn ] && continue
-        train det "$name" "$config" "${anns[@]}" train_dataloader.batch_size=8 "${det_small[@]}" \
+        train det "$name" "$config" train_dataloader.batch_size=8 "${det_small[@]}" \
           train_cfg.max_epochs="$short" train_cfg.val_interval="$short" param_scheduler.1.T_max="$short" \
           default_hooks.checkpoint.max_keep_ckpts=1 &
         works+=("$work/$name") trainings+=($!)

@@ -51,8 +51,11 @@ def pretend() -> None:
 def fetch(into: Path) -> None:
     """Clone the ``tests`` folder of mmcv's repository."""
     clone = ["git", "clone", "-q", "--depth", "1", "--branch", _TAG, "--filter=blob:none", "--sparse", _REPOSITORY]
-    subprocess.run([*clone, str(into)], check=True)
-    subprocess.run(["git", "-C", str(into), "sparse-checkout", "set", "tests"], check=True)
+    try:
+        subprocess.run([*clone, str(into)], check=True)
+        subprocess.run(["git", "-C", str(into), "sparse-checkout", "set", "tests"], check=True)
+    except subprocess.CalledProcessError as error:  # git has said why
+        raise SystemExit(f"{into}: {_REPOSITORY} could not be cloned there") from error
 
 
 def run(into: Path, on_cpu: bool, arguments: list[str]) -> int:

@@ -1,5 +1,6 @@
 """The command line tools for detection and segmentation, and the digit scenes that they are tried on."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -230,3 +231,23 @@ def test_wrong_arguments_end_in_one_sentence(scenes, tmp_path, capsys):
     ):
         said = refusal(capsys, evaluate, DETECTION, tmp_path / name, *work, "--cfg-options", *small)
         assert said.startswith(f"{tmp_path / name}: {message}")
+
+
+def test_only_files_and_interrupts_end_a_training_in_one_sentence(capsys):
+    pytest.importorskip("visionmamba.openmmlab", reason=_REASON, exc_type=ImportError)
+    from visionmamba.openmmlab.runner import one_sentence
+
+    parser = argparse.ArgumentParser(prog="train")
+    for error, status, said in (
+        (KeyboardInterrupt(), 130, "train: interrupted\n"),
+        (
+            PermissionError(13, "Permission denied", "work_dirs"),
+            1,
+            "train: error: [Errno 13] Permission denied: 'work_dirs'\n",
+        ),
+    ):
+        with pytest.raises(SystemExit) as ended, one_sentence(parser):
+            raise error
+        assert (ended.value.code, capsys.readouterr().err) == (status, said)
+    with pytest.raises(ZeroDivisionError), one_sentence(parser):
+        raise ZeroDivisionError
