@@ -1,7 +1,9 @@
 """mamba_ssm's public names as its users call them: signatures, defaults, state-dict names, and what they compute."""
 
 import inspect
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +135,16 @@ def test_signatures(source, name, expected):
     further = ours[count:]
     assert all(p.kind is p.VAR_KEYWORD or p.default is not p.empty for p in further)
     assert any(p.kind is p.VAR_KEYWORD for p in further) == bool(catches_all)
+
+
+def test_the_page_of_imports():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "from_mamba_ssm.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(from [^`]*)` \| `(from [^`]*)` \|$", page, flags=re.MULTILINE)
+    assert len(rows) == 17
+    for theirs, ours in rows:
+        names = {}
+        exec(ours, names)
+        assert theirs.split(" import ")[1].rsplit(" as ", 1)[-1] == ours.split(" import ")[1]
 
 
 @torch.no_grad()
