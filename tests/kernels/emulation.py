@@ -83,12 +83,14 @@ class Checks:
 
     Args:
         schedules: Those to run it under.
-        watch: Whether to look at each access under the first of them.
+        watch: Whether to look at each access, too.
+        poison: Whether what is allocated is NaN until it is written.
         folder: Where the kernels' files are, if not in the package.
     """
 
     schedules: tuple[Schedule, ...] = SCHEDULES
     watch: bool = True
+    poison: bool = True
     folder: Path | None = None
 
 
@@ -97,11 +99,11 @@ _checks: Checks | None = None
 
 @contextlib.contextmanager
 def checked(checks: Checks | None = None) -> Iterator[None]:
-    """Check every launch of the block; what is allocated in it is NaN until it is written."""
+    """Check every launch of the block."""
     global _checks
     before, deterministic = _checks, torch.are_deterministic_algorithms_enabled()
     _checks = checks or Checks()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(_checks.poison)  # torch.empty fills what it returns then
     try:
         yield
     finally:
@@ -226,10 +228,15 @@ class EmulatedLauncher:
     def resident_blocks(self, file, name, macros, threads):
         return 4
 
+    def blocks_to_run(self, blocks: int) -> range:
+        return range(blocks)
+
     def run(self, file, name, macros: Mapping[str, int], blocks, threads, arguments, shared_bytes=0):
         build = "address" if os.environ.get("VISIONMAMBA_EMULATE") == "address" else "checked" if _checks else "plain"
-        library = _build(_checks and _checks.folder, file, tuple(sorted(macros.items())), build)
-        launch = (library, name, range(blocks), threads, arguments.pack(), shared_bytes)
+        folder = os.environ.get("VISIONMAMBA_EMULATED_KERNELS")
+        folder = Path(folder) if folder else _checks and _checks.folder
+        library = _build(folder, file, tuple(sorted(macros.items())), build)
+        launch = (library, name, self.blocks_to_run(blocks), threads, arguments.pack(), shared_bytes)
         if build != "checked":
             faults = _emulate(*launch, Schedule())
             assert not faults, f"{name} of {file}: {faults}"
@@ -243,14 +250,15 @@ class EmulatedLauncher:
         def memory() -> list[bytes]:
             return [ctypes.string_at(begin, end - begin) for begin, end in regions]
 
-        before, after = memory(), None
-        for number, schedule in enumerate(_checks.schedules):
-            for (begin, end), content in zip(regions, before, strict=True):
+        several, watched = len(_checks.schedules) > 1, regions if _checks.watch else None
+        before, after = memory() if several else [], None
+        for schedule in _checks.schedules:
+            for (begin, end), content in zip(regions, before, strict=several):
                 ctypes.memmove(begin, content, end - begin)
             order = schedule.arrange(blocks)
-            faults = _emulate(
-                library, name, order, threads, packed, shared_bytes, schedule, regions if not number else None
-            )
+            faults = _emulate(library, name, order, threads, packed, shared_bytes, schedule, watched)
             assert not faults, f"{what}, {schedule}:\n{_with_places(faults, library)}"
+            if not several:
+                return
             after = after or memory()
             assert memory() == after, f"{what}: {schedule} leaves other bits than {_checks.schedules[0]}"

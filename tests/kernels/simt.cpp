@@ -51,6 +51,7 @@ static void (*entry)(const void*);
 static const void* arguments;
 static Schedule schedule;
 static std::vector<std::string> faults;
+static bool given_up;  // after an access that would do harm
 constexpr size_t STACK = 1 << 18, MOST_FAULTS = 6;
 constexpr uint32_t POISON = 0x7fa57fa5;  // NaN as a float and as two 16-bit ones, and no index of anything
 
@@ -72,13 +73,13 @@ static std::string who(unsigned actor) {
   snprintf(text, sizeof text, " (%s%u of block %u)", actor < count ? "thread " : "a copy of thread ", thread, block);
   return text;
 }
+static void yield() { swapcontext(&threads[current].context, &scheduler); }
+static void give_up() { given_up = true, yield(); }
 }  // namespace simt
 
 #include "simt_checks.h"
 
 namespace simt {
-static void yield() { swapcontext(&threads[current].context, &scheduler); }
-
 // Whether the barrier opened. What a thread did before it arrives comes before what those do who wait for it.
 static bool arrive(Barrier& barrier, unsigned expected, bool orders = true) {
   if (schedule.checks && orders) release(barrier);
@@ -165,6 +166,7 @@ static bool run_block(uint32_t& random) {
       if (!can_run(threads[i])) continue;
       ran = true;
       resume(i);
+      if (given_up) return true;
       if (by_rank) break;
     }
     if (!left) return true;
@@ -225,9 +227,10 @@ EXPORTED const char* simt_run(void (*kernel)(const void*), const void* arguments
   stacks.resize(count * STACK);
   if (dynamic_bytes != shared_bytes) dynamic_memory.reset(new char[dynamic_bytes = shared_bytes]);
   faults.clear();
+  given_up = false;
   start_checks((const char*)arguments, argument_bytes, shared_bytes, regions, region_count);
   uint32_t random = schedule->seed * 2654435761u + 1;
-  for (unsigned i = 0; i < number; i++) {
+  for (unsigned i = 0; i < number && !given_up; i++) {
     block = blocks[i];
     start_block();
     if (!run_block(random)) {

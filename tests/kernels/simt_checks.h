@@ -103,7 +103,8 @@ static void check(const void* address, unsigned size, bool write, const void* si
   if (last == spaces.size() || at + size > spaces[last].end || (write && !spaces[last].writable)) {
     char text[64];
     snprintf(text, sizeof text, "%s of %u bytes", write ? "write" : "read", size);
-    return fault(std::string("memory: a ") + text + " outside of what the kernel was given, at " + place(site), who(current));
+    fault(std::string("memory: a ") + text + " outside of what the kernel was given, at " + place(site), who(current));
+    return give_up();
   }
   if ((uintptr_t)at % std::min(size, 16u)) fault("memory: a misaligned access at " + place(site));
   Space& space = spaces[last];
