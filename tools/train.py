@@ -3,7 +3,8 @@
     python tools/train.py configs/classification/vmamba_tiny.yaml data=/data/imagenet out=runs/vmamba_tiny
     torchrun --nproc-per-node 8 tools/train.py RECIPE data=/data/imagenet parallel=fsdp precision=bf16
 
-Run the same command again to go on from the last checkpoint. SIGTERM saves first, and the exit status is then 143.
+Run the same command again to go on from the last checkpoint. SIGTERM and Ctrl-C save first; the exit status is then 143
+or 130. A second Ctrl-C stops at once.
 """
 
 from __future__ import annotations

@@ -7,8 +7,14 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["replacing"]
+from ._text import one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["replacing", "write_safetensors"]
 
 
 @contextlib.contextmanager
@@ -30,6 +36,28 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and words about them as safetensors.
+
+    Args:
+        path: Where to.
+        tensors: The tensors by name.
+        metadata: The words by key.
+
+    Raises:
+        OSError: The file could not be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(f"{path} could not be written ({one_line(error)})") from error
 
 
 def _umask() -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from timm.optim import create_optimizer_v2
 
-from ._files import replacing
+from ._files import replacing, write_safetensors
 from .data import DIGIT_NAMES, Digits, load_digits, render_digits
 from .inference import CFG_METADATA_KEY, input_size
 
@@ -142,9 +142,10 @@ def save_checkpoint(model: nn.Module, name: str, path: Path) -> None:
         model: What to save.
         name: Its timm name.
         path: Where to; written beside under another name first and then renamed.
-    """
-    from safetensors.torch import save_file
 
+    Raises:
+        OSError: It could not be written.
+    """
     overlay = {
         "num_classes": len(DIGIT_NAMES),
         "input_size": (model.in_chans, *model.pretrained_cfg["input_size"][1:]),
@@ -154,9 +155,7 @@ def save_checkpoint(model: nn.Module, name: str, path: Path) -> None:
         "interpolation": "bilinear",
         "label_names": DIGIT_NAMES,
     }
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"model": name, CFG_METADATA_KEY: json.dumps(overlay)})
+    write_safetensors(path, model.state_dict(), {"model": name, CFG_METADATA_KEY: json.dumps(overlay)})
 
 
 def draw_predictions(digits: Digits, probabilities: torch.Tensor, path: Path, columns: int = 10) -> None:

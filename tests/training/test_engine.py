@@ -42,6 +42,15 @@ def test_precisions_train(precision, digits, tmp_path):
     assert row["nonfinite"] == 0
 
 
+@pytest.fixture
+def listening():
+    """Let Ctrl-C come through, which a process that was started in the background does not hear."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_ctrl_c_saves_first(digits, tmp_path, monkeypatch, capfd):
     take_step = Trainer._take_step
 
@@ -131,7 +140,10 @@ def test_fine_tuning_with_other_classes_and_a_linear_probe(digits, tmp_path):
 
 def test_full_disk(digits, tmp_path, monkeypatch, capsys):
     def save(*_arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598")  # noqa: B904
 
     config = [f"{key}={value}" for key, value in SHORT.items() if not isinstance(value, tuple)]
     words = [*config, f"data={digits}", f"out={tmp_path}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import logging
 import os
 import warnings
@@ -128,23 +129,21 @@ def export_model(
     with _quietly(), torch.no_grad(), replacing(Path(path)) as temporary:
         try:
             program = _exported(model, tuple(shape), batch_size)
-            if format == "pt2":
-                torch.export.save(program, temporary.with_suffix(".pt2"))
-                temporary.with_suffix(".pt2").replace(temporary)
-                return
-            program = _without_origins(program.run_decompositions(standard_ops()))
+            if format != "pt2":
+                program = _without_origins(program.run_decompositions(standard_ops()))
             if format == "onnx":
                 _write_onnx(program, temporary)
+                return
+            package = io.BytesIO()  # PyTorch's own writer of files ends the process where the disk is full
+            if format == "pt2":
+                torch.export.save(program, package)
             else:
-                package = temporary.with_suffix(".pt2")
-                torch._inductor.aoti_compile_and_package(program, package_path=str(package))
-                package.replace(temporary)
+                torch._inductor.aoti_compile_and_package(program, package_path=package)
+            temporary.write_bytes(package.getbuffer())
         except OSError:
             raise
         except Exception as error:
             raise ExportError(f"{type(model).__name__} cannot be exported to {format}: {error}") from error
-        finally:
-            temporary.with_suffix(".pt2").unlink(missing_ok=True)
 
 
 def _load(path: Path, format: str) -> Callable[[torch.Tensor], torch.Tensor]:

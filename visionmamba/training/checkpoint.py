@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .._files import replacing
+from .._files import replacing, write_safetensors
 from .._text import one_line
 from ..inference import CFG_METADATA_KEY
 from .distributed import World
@@ -30,6 +30,16 @@ _NAME = re.compile(r"checkpoint-(\d+)\.pt")
 
 class WriteError(RuntimeError):
     """A checkpoint that could not be written; one sentence."""
+
+
+def _reason(error: BaseException) -> str:
+    """Return why a file could not be written: what the system said, behind PyTorch's check of its own."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__cause__ or link.__context__
+    return one_line(error, 200)
 
 
 def _options(world: World) -> StateDictOptions:
@@ -87,10 +97,9 @@ class CheckpointFolder:
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or one_line(error, 200)
             earlier = self.files()
             last = f"the last complete one is {earlier[-1]}" if earlier else "there is no complete one yet"
-            raise WriteError(f"{path} could not be written ({reason}); {last}") from error
+            raise WriteError(f"{path} could not be written ({_reason(error)}); {last}") from error
         for old in self.files()[: -self.keep]:
             old.unlink(missing_ok=True)
         return path
@@ -119,11 +128,7 @@ def save_weights(path: Path, name: str, tensors: dict[str, torch.Tensor], overla
     Raises:
         WriteError: It could not be written.
     """
-    from safetensors.torch import save_file
-
     try:
-        with replacing(path) as temporary:
-            tensors = {key: value.contiguous() for key, value in tensors.items()}
-            save_file(tensors, temporary, metadata={"model": name, CFG_METADATA_KEY: json.dumps(overlay)})
-    except Exception as error:
-        raise WriteError(f"{path} could not be written ({one_line(error, 200)})") from error
+        write_safetensors(path, tensors, {"model": name, CFG_METADATA_KEY: json.dumps(overlay)})
+    except OSError as error:
+        raise WriteError(one_line(error)) from error

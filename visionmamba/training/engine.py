@@ -496,8 +496,12 @@ class Trainer:
                 if self.world.is_main:
                     os.write(2, b"\nstopping after the next step and saving; Ctrl-C again stops at once\n")
 
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        if previous[signal.SIGINT] == signal.SIG_IGN:  # as shells start what runs in the background
+            del previous[signal.SIGINT]
         try:
+            for number in previous:
+                signal.signal(number, ask)
             yield
         finally:
             for number, handler in previous.items():
