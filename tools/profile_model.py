@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=25, help="lines of each table")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if not timm.is_model(arguments.model):
+        parser.error(f"model: expected the name of a timm model, got {arguments.model!r}")
     if not torch.cuda.is_available():
         parser.exit(1, "profile_model needs a CUDA device\n")
     model = timm.create_model(arguments.model).cuda().train(arguments.train)

@@ -47,8 +47,8 @@ def compare(path: Path, window: int = 20, tolerance: float = 0.1) -> bool:
 
     Curves are moving averages over ``window`` steps; they may differ by ``tolerance`` of the first loss.
     """
-    rows = list(csv.reader(path.open()))
-    curves = {(name, precision): [float(x) for x in losses] for name, precision, *losses in rows}
+    with path.open(newline="") as file:
+        curves = {(name, precision): [float(x) for x in losses] for name, precision, *losses in csv.reader(file)}
     good = True
     for (name, precision), losses in curves.items():
         finite = all(map(math.isfinite, losses))
@@ -65,6 +65,7 @@ def compare(path: Path, window: int = 20, tolerance: float = 0.1) -> bool:
 
 
 def main() -> None:
+    """Train and write the losses, or compare those of a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
@@ -74,7 +75,13 @@ def main() -> None:
     parser.add_argument("--compare", type=Path, help="compare the curves of a CSV instead")
     arguments = parser.parse_args()
     if arguments.compare:
+        if not arguments.compare.is_file():
+            parser.error(f"--compare: no such file: {arguments.compare}")
         raise SystemExit(0 if compare(arguments.compare) else 1)
+    if arguments.model is None or not timm.is_model(arguments.model):
+        parser.error(f"model: expected the name of a timm model, got {arguments.model!r}")
+    if not torch.cuda.is_available():
+        parser.error("training needs a CUDA device")
     losses = train(arguments.model, arguments.precision, arguments.steps, arguments.batch)
     print(arguments.model, arguments.precision, losses[0], losses[-1])
     if arguments.output:

@@ -92,6 +92,8 @@ def draw(trainings: dict[str, tuple[dict[int, float], dict[str, dict[int, float]
     for panel in axes[0]:
         panel.set_xlabel("step")
         panel.legend(fontsize=7)
+    if measured:
+        metric_axes.set_ylabel("metric (mAP from 0 to 1, mIoU in %)")
     loss_axes.set_ylabel("loss")
     return figure
 
