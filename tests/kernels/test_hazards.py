@@ -3,9 +3,13 @@
 What can be found and what not: kernels/README.md, "Testing without a GPU".
 """
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from importlib import resources
+from pathlib import Path
 
 import pytest
 import test_emulated
@@ -206,3 +210,35 @@ def test_a_wrong_place_is_noticed(file, text, other, expected, monkeypatch, tmp_
     folder = changed(tmp_path, file, kernel_text(file).replace(text, other))
     faults = faults_of(FILES[file], monkeypatch, folder=folder)
     assert expected in faults
+
+
+def sanitized(*arguments, **environment):
+    """Run tests in a process of their own, with AddressSanitizer around the kernels and all tensors."""
+    command = [COMPILER, "-print-file-name=libasan.so"]
+    library = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(library).is_file():
+        pytest.skip("the compiler has no AddressSanitizer")
+    options = "detect_leaks=0:detect_odr_violation=0:detect_stack_use_after_return=0:alloc_dealloc_mismatch=0"
+    environment |= {"LD_PRELOAD": library, "ASAN_OPTIONS": options, "VISIONMAMBA_EMULATE": "address"}
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("tests", [test_emulated, test_pair_backward, test_layer_kernels], ids=lambda t: t.__name__)
+def test_address_sanitizer(tests):
+    done = sanitized(tests.__file__, "-k", "not compile")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_a_local_array_that_is_too_short_is_noticed(tmp_path):
+    text = kernel_text("pair_backward.cu")
+    arrays = "h[STEPS][VEC], B[SLOTS], C[SLOTS]"
+    assert arrays in text
+    folder = changed(tmp_path, "pair_backward.cu", text.replace(arrays, "h[STEPS][VEC], B[STEPS], C[STEPS]"))
+    case = f"{test_pair_backward.__file__}::test_gradients[one_pair_float32_delta]"
+    done = sanitized(case, VISIONMAMBA_EMULATED_KERNELS=str(folder))
+    assert "ERROR: AddressSanitizer" in done.stderr
+    assert "pair_backward" in done.stderr.split("ERROR: AddressSanitizer")[1]

@@ -10,7 +10,7 @@ from visionmamba.ops import cuda_runtime
 from visionmamba.ops.selective_scan import cuda_pair
 from visionmamba.ops.selective_scan.cuda_call import Call
 
-pytestmark = [pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"), pytest.mark.slow]
+emulated = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 scan = importlib.import_module("visionmamba.ops.selective_scan.cuda")
 conv = importlib.import_module("visionmamba.ops.causal_conv1d.cuda")
 steps = importlib.import_module("visionmamba.ops.selective_scan.dt_projection")
@@ -71,6 +71,8 @@ def scan_tensors(tokens, channels, directions, states):
     return u, delta, B, C, torch.randn_like(u)
 
 
+@emulated
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "grid", "channels", "states"),
     [(CROSS, (14, 14), 64, 4), ("h,h_flip", (35,), 64, 4), (CROSS, (14, 14), 64, 1), ("h", (40,), 32, 2)],
@@ -91,6 +93,8 @@ def test_scan(path, grid, channels, states, monkeypatch):
     assert_last_images_equal(results, batch)
 
 
+@emulated
+@pytest.mark.slow
 def test_backward_by_pairs(monkeypatch):
     path, grid, channels = CROSS, (14, 14), 64
     A = -torch.rand(4, channels, 1) - 0.1
@@ -105,6 +109,8 @@ def test_backward_by_pairs(monkeypatch):
     assert_last_images_equal(run(work, batch, scan_tensors(196, channels, 4, 1), monkeypatch), batch)
 
 
+@emulated
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["h,h_flip", "h,v_flip"])
 def test_convolution(path, monkeypatch):
     torch.manual_seed(0)
@@ -120,6 +126,8 @@ def test_convolution(path, monkeypatch):
     assert_last_images_equal(run(work, batch, (x, dout), monkeypatch), batch)
 
 
+@emulated
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_step_sizes(dtype, monkeypatch):
     torch.manual_seed(0)
@@ -135,3 +143,11 @@ def test_step_sizes(dtype, monkeypatch):
     batch = batch_of(64 * 2 * 96)
     results = run(work, batch, (low, gradient), monkeypatch, multiprocessors=batch)  # or a block would take all rows
     assert_last_images_equal(results, batch)
+
+
+def test_more_than_a_kernel_counts_is_refused():
+    tokens = 2**26 + 1
+    u, B = torch.empty(1, 1, 1).expand(1, tokens, 1), torch.empty(1, 1, 1, 1).expand(1, tokens, 1, 16)
+    A = torch.empty(1, 1, 16)
+    arguments = (u, u[:, :, None], A, B, B, None, None, None, None, None, "h", (tokens,), True, True, False)
+    assert scan._supports(*arguments) == f"takes up to 2^30 tokens times states, not {tokens} times 16"

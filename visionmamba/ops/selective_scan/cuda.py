@@ -380,6 +380,8 @@ def _supports(
     activations = [x for x in (u, delta, B, C, z) if x is not None]
     if any(stride * x.element_size() > _INT32 for x in activations for stride in x.stride()[1:]):
         return "takes strides up to 2^31 bytes between tokens"
+    if 2 * u.shape[1] * A.shape[2] > _INT32 - 1024:  # the second stage of dB and dC counts them in 32 bits
+        return f"takes up to 2^30 tokens times states, not {u.shape[1]} times {A.shape[2]}"
     if visits(path, tuple(grid)).repeats:
         return "takes paths whose directions visit a token at most once"
     return None
