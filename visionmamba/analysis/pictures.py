@@ -20,6 +20,8 @@ __all__ = ["KINDS", "Subject", "draw"]
 
 _PANEL = 2.4  # inches
 _CLASS_TOKEN = "|cls"
+_SMALLEST = 1e-4  # on a logarithmic scale
+_SHIFTED = "from the panel's smallest value to its largest"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Subject:
 @dataclass(frozen=True)
 class _Panel:
     title: str
-    overlay: np.ndarray | None
+    overlay: np.ndarray | None  # from 0 or more to 1
     picture: np.ndarray | None = None
     mark: tuple[float, float] | None = None
     logarithmic: bool = False
@@ -111,22 +113,33 @@ _TITLES = {
 }
 
 
-def _show(axes: Any, panel: _Panel, shape: tuple[int, int]) -> None:
-    extent = (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
+def _show(axes: Any, panel: _Panel, shape: tuple[int, int]) -> Any:
+    """Draw a panel, a map over a picture without colours of its own; return the map's image, if there is one."""
+    extent, image = (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5), None
     if panel.picture is not None:
-        axes.imshow(panel.picture, extent=extent)
+        plain = panel.overlay is None
+        axes.imshow(panel.picture if plain else panel.picture.mean(-1), extent=extent, cmap="gray", vmin=0, vmax=1)
     if panel.overlay is not None:
-        values = np.log10(np.maximum(panel.overlay, 1e-4)) if panel.logarithmic else panel.overlay
-        over = panel.picture is not None
-        smooth = {"alpha": 0.55, "interpolation": "bilinear", "cmap": "turbo"} if over else {"cmap": "viridis"}
-        limits = {"vmin": -4, "vmax": 0} if panel.logarithmic else {"vmin": 0, "vmax": 1}
-        axes.imshow(values, extent=extent, **smooth, **limits)
+        values = np.log10(np.maximum(panel.overlay, _SMALLEST)) if panel.logarithmic else panel.overlay
+        smooth = {} if panel.picture is None else {"alpha": 0.6, "interpolation": "bilinear"}
+        limits = {"vmin": np.log10(_SMALLEST), "vmax": 0} if panel.logarithmic else {"vmin": 0, "vmax": 1}
+        image = axes.imshow(values, extent=extent, cmap="viridis", **smooth, **limits)
     if panel.mark is not None:
         for size, color in ((7, "black"), (5, "white")):  # to be seen on any picture
             axes.plot(*panel.mark, marker="s", markersize=size, markerfacecolor="none", markeredgecolor=color)
     axes.set_title(panel.title, fontsize=7)
     axes.set_xticks([])
     axes.set_yticks([])
+    return image
+
+
+def _colour_bar(figure: Figure, axes: np.ndarray, image: Any, label: str, logarithmic: bool) -> None:
+    bar = figure.colorbar(image, ax=list(axes.flat), location="bottom", fraction=0.04, shrink=0.6, aspect=40)
+    bar.set_label(label, fontsize=7)
+    if logarithmic:
+        ticks = np.arange(round(np.log10(_SMALLEST)), 1)
+        bar.set_ticks(ticks, labels=[f"{'≤ ' if tick == ticks[0] else ''}{10.0**tick:g}" for tick in ticks])
+    bar.ax.tick_params(labelsize=7)
 
 
 def draw(kind: str, subjects: Sequence[Subject], **options: Any) -> Figure:
@@ -150,14 +163,17 @@ def draw(kind: str, subjects: Sequence[Subject], **options: Any) -> Figure:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     rows = [KINDS[kind](subject, options) for subject in subjects]
     columns = max(map(len, rows))
-    figure = Figure(figsize=(_PANEL * columns, (_PANEL + 0.2) * len(rows) + 0.4), layout="constrained")
+    figure = Figure(figsize=(_PANEL * columns, (_PANEL + 0.2) * len(rows) + 0.9), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
+    images = []
     for axes, panels, subject in zip(grid, rows, subjects, strict=True):
         for place, panel in zip(axes, panels, strict=False):
-            _show(place, panel, subject.picture.shape[:2])
+            images.append(_show(place, panel, subject.picture.shape[:2]))
         for empty in axes[len(panels) :]:
             empty.set_axis_off()
         axes[0].set_ylabel(subject.name, fontsize=8)
     logarithmic = any(panel.logarithmic for panels in rows for panel in panels)
-    figure.suptitle(_TITLES[kind] + (", logarithmic" if logarithmic else ""), fontsize=10)
+    label = _SHIFTED if kind == "activation" else "share of the panel's largest value"
+    _colour_bar(figure, grid, next(image for image in images if image is not None), label, logarithmic)
+    figure.suptitle(_TITLES[kind], fontsize=10)
     return figure

@@ -30,8 +30,8 @@ PEERS_TOP1 = {"deit_small_patch16_224": 79.8, "swin_tiny_patch4_window7_224": 81
 _COLUMNS = (
     "Model", "Input", "Params (M)", "Params published", "GFLOPs", "GFLOPs published", "GFLOPs differ", "Scan's share",
     "Images/s", "Images/s compiled", "Images/s CUDA graph", "Training images/s", "Training images/s compiled",
-    "Training images/s CUDA graph", "Energy (mJ)", "Memory (MiB)", "Training memory (MiB)", "Top-1 published",
-    "Top-1 ours", "Top-1 differs",
+    "Training images/s CUDA graph", "Energy (mJ)", "Memory (MiB)", "Training memory (MiB)", "Top-1 published (%)",
+    "Top-1 ours (%)", "Top-1 differs",
 )  # fmt: skip
 
 
@@ -192,10 +192,13 @@ def _measured_cells(measured: Measurement, settings: list[Setting]) -> list[str]
 def _table(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -> dict[str, Any]:
     """Return the table's columns and rows, without columns that are empty."""
     rows = _rows(planned, measured, accuracy)
-    used = [index for index in range(len(_COLUMNS)) if any(row["cells"][index] for row in rows)]
-    for row in rows:
-        row["cells"] = [row["cells"][index] for index in used]
-    return {"columns": [_COLUMNS[index] for index in used], "rows": rows}
+    columns, cells = _without_empty(_COLUMNS, [row["cells"] for row in rows])
+    return {"columns": columns, "rows": [{**row, "cells": used} for row, used in zip(rows, cells, strict=True)]}
+
+
+def _without_empty(columns: Sequence[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    used = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    return [columns[index] for index in used], [[row[index] for index in used] for row in rows]
 
 
 def _rows(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -> list[dict[str, Any]]:
@@ -226,10 +229,28 @@ def _failures(measured: Measurement) -> list[dict[str, str]]:
     ]
 
 
+_LOOKS = {
+    "vim": ("#0072B2", "o"),
+    "vmamba": ("#D55E00", "^"),
+    "plainmamba": ("#009E73", "D"),
+    "local_vim": ("#56B4E9", "v"),
+    "local_vmamba": ("#CC79A7", "P"),
+    "efficient_vmamba": ("#E69F00", "X"),
+    "mamba_nd": ("#000000", "*"),
+    _PEERS_FAMILY: ("0.45", "s"),
+}
+"""Colour and marker of each family, the same in every plot: Okabe and Ito's colours, apart for the colour-blind too."""
+
+
+def _look(name: str) -> dict[str, str]:
+    color, marker = _LOOKS[_family(name)]
+    return {"color": color, "marker": marker}
+
+
 def _new_figure() -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -257,9 +278,8 @@ def _accuracy_figure(planned: Plan, measured: Measurement) -> Figure | None:
         return None
     figure, axes = _new_figure()
     for family in dict.fromkeys(_family(name) for name, _, _ in points):
-        group = [point for point in points if _family(point[0]) == family]
-        style = dict(marker="s", color="0.4") if family == _PEERS_FAMILY else {}
-        axes.scatter([point[1] for point in group], [point[2] for point in group], label=family, s=28, **style)
+        names, speeds, accuracies = zip(*(point for point in points if _family(point[0]) == family), strict=True)
+        axes.scatter(speeds, accuracies, label=family, s=36, **_look(names[0]))
     axes.set(xlabel="images a second", ylabel="published top-1 (%)")
     _logarithmic(axes.xaxis)
     axes.legend(frameon=False, fontsize=8)
@@ -293,8 +313,8 @@ def _sweep_figure(planned: Plan, measured: Measurement, column: str, label: str)
         return None
     figure, axes = _new_figure()
     for name, points in lines.items():
-        dashed = name.split(".")[0] not in model_names()
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linestyle="--" if dashed else "-", label=name)
+        line = "--" if _family(name) == _PEERS_FAMILY else "-"
+        axes.plot(*zip(*points, strict=True), markersize=6, linestyle=line, label=name, **_look(name))
     sides = sorted({side for points in lines.values() for side, _ in points})
     axes.set(xlabel="side of the image (pixels)", ylabel=label)
     _logarithmic(axes.xaxis)
@@ -316,8 +336,8 @@ def _lines(planned: Plan, measured: Measurement, column: str) -> dict[str, list[
 _SWEEPS = (("infer_step_time", "milliseconds an image"), ("peak_memory_mib", "memory (MiB)"))
 
 
-def _growth(planned: Plan, measured: Measurement) -> list[list[str]]:
-    """Return each model's exponents of time and memory over the number of pixels, between the two largest images."""
+def _growth(planned: Plan, measured: Measurement) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of each model's exponents over the number of pixels, between the two largest images."""
     exponents: dict[str, list[str]] = {}
     for place, (column, _) in enumerate(_SWEEPS):
         for name, points in _lines(planned, measured, column).items():
@@ -325,7 +345,7 @@ def _growth(planned: Plan, measured: Measurement) -> list[list[str]]:
                 (side, value), (larger, more) = points[-2:]
                 exponent = math.log(more / value) / (2 * math.log(larger / side))
                 exponents.setdefault(name, [""] * len(_SWEEPS))[place] = f"{exponent:.2f}"
-    return [[name, *figures] for name, figures in exponents.items()]
+    return _without_empty(("Model", "Time", "Memory"), [[name, *figures] for name, figures in exponents.items()])
 
 
 def _svg(figure: Figure, name: str) -> str:
@@ -362,6 +382,7 @@ def _run_words(run: str) -> str:
 
 def _context(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -> dict[str, Any]:
     first, run_of_plots = planned.table[0], _run_words(planned.table[-1].run)
+    growth_columns, growth = _growth(planned, measured)
     where = measured.environment
     sources = {row.get("memory_from") for row in measured.rows.values()} - {"", None}
     memory = "the allocator's peak" if sources == {"allocator"} else "counted from the tensors' shapes"
@@ -375,15 +396,14 @@ def _context(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -
         **_table(planned, measured, accuracy),
         "failures": _failures(measured),
         "figures": _figures(planned, measured),
-        "growth": _growth(planned, measured),
+        "growth_columns": growth_columns,
+        "growth": growth,
         "environment": [(key, value) for key, value in where.items() if value is not None],
     }
 
 
 def _markdown(context: dict[str, Any]) -> str:
-    columns = context["columns"]
-    lines = [f"# {context['title']}", "", context["summary"], "", "| " + " | ".join(columns) + " |"]
-    lines += ["|---" + "|--:" * (len(columns) - 1) + "|"]
+    lines = [f"# {context['title']}", "", context["summary"], "", *_markdown_head(context["columns"])]
     lines += ["| " + " | ".join(map(_escape, row["cells"])) + " |" for row in context["rows"]]
     lines += ["", context["caption"]]
     if context["failures"]:
@@ -393,11 +413,15 @@ def _markdown(context: dict[str, Any]) -> str:
         lines += ["", f"## {figure['title']}", "", f"![{figure['title']}]({figure['name']}.svg)", "", figure["caption"]]
     if context["growth"]:
         lines += ["", "Exponent of the growth with the number of pixels over the largest step of the resolution:", ""]
-        lines += ["| Model | Time | Memory |", "|---|--:|--:|"]
+        lines += _markdown_head(context["growth_columns"])
         lines += ["| " + " | ".join(row) + " |" for row in context["growth"]]
     lines += ["", "## Measured with", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {_escape(str(value))} |" for key, value in context["environment"]]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_head(columns: list[str]) -> list[str]:
+    return ["| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
 
 
 def _escape(text: str) -> str:
