@@ -6,11 +6,10 @@ import torch
 import torch.nn as nn
 from golden import cases, golden
 
-from visionmamba.layers import SimpleFeaturePyramid
+from visionmamba.layers import BlockPair, SimpleFeaturePyramid
 from visionmamba.models._checkpoint import CheckpointError
 from visionmamba.models._vim_official import _from_official
 from visionmamba.models.vim import (
-    BlockPair,
     Vim,
     VimMixer,
     checkpoint_filter_fn,

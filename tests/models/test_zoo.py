@@ -1,8 +1,10 @@
 """The zoo as a whole: which models there are, their published sizes, cfgs and features, and what timm's users do."""
 
 import copy
+import pickle
 import re
 from fnmatch import fnmatch
+from functools import partial
 
 import pytest
 import timm
@@ -170,6 +172,30 @@ def test_features_only_gives_the_intermediates(micro):
             torch.testing.assert_close(last.movedim(1, -1), final)
 
 
+@pytest.mark.parametrize("indices", [2, (0,), [-1], (0, 2)], ids=str)
+def test_features_only_at_chosen_levels(micro, indices):
+    model, x = micro
+    backbone = timm.create_model(model.pretrained_cfg["architecture"], features_only=True, out_indices=indices).eval()
+    backbone.model.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, indices=indices, intermediates_only=True)
+        torch.testing.assert_close(backbone(x), expected)
+
+
+def test_features_only_of_another_depth():
+    """The default levels are those of the model that is built, not of the published one."""
+    for name, options, levels in (
+        ("test_vmamba", dict(depths=(1, 1), dims=24), 2),
+        ("test_efficient_vmamba", dict(depths=(1, 1, 1), dims=24), 3),
+        ("test_local_vmamba", dict(depths=(1, 1), dims=24, directions="h,v"), 2),
+        ("test_plainmamba", dict(depth=8), 4),
+        ("test_mamba2d", dict(depth=8), 4),
+    ):
+        backbone = timm.create_model(name, features_only=True, device="meta", **options)
+        assert len(backbone.feature_info.channels()) == levels
+        assert len(backbone(torch.empty(1, 3, 64, 64, device="meta"))) == levels
+
+
 def test_layouts_of_features(micro):
     model, x = micro
     with torch.no_grad():
@@ -196,6 +222,68 @@ def test_class_tokens_beside_features(class_token):
     torch.testing.assert_close(patches, remove_class_token(final, class_token), rtol=0, atol=0)
 
 
+def test_symbolic_trace(micro):
+    model, x = micro
+    with torch.no_grad():
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_input_of_another_rank_or_below_a_patch(micro):
+    model, x = micro
+    for wrong in (x[0], x.unsqueeze(2)):
+        with pytest.raises(ValueError, match=re.escape("x: expected (B, channels, ")):
+            model(wrong)
+    if model.pretrained_cfg["architecture"] in (
+        "test_vim",
+        "test_efficient_vmamba",
+        "test_local_vmamba",
+        "test_mamba3d",
+    ):
+        with pytest.raises(ValueError, match=re.escape("of at least [")):
+            model(x[..., :1, :1])
+    else:
+        assert model(x[..., :1, :1]).shape == (2, 1000)  # these pad
+
+
+def test_vim_says_how_to_take_another_size():
+    x = torch.randn(1, 3, 96, 80)
+    with pytest.raises(
+        ValueError, match=re.escape("x: expected images of 64 x 64, got 96 x 80; create the model with")
+    ):
+        timm.create_model("test_vim")(x)
+    for options in (dict(img_size=(96, 80)), dict(dynamic_img_size=True)):
+        assert timm.create_model("test_vim", **options)(x).shape == (1, 1000)
+
+
+def test_empty_batch(micro):
+    """No images, no logits; and a backward pass through nothing."""
+    model, x = micro
+    logits = model(x[:0])
+    assert logits.shape == (0, 1000)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_nan_stays_in_its_image(micro):
+    model, x = micro
+    with torch.no_grad():
+        poisoned = torch.cat([x[:1], torch.full_like(x[:1], torch.nan)])
+        logits = model(poisoned)
+        torch.testing.assert_close(logits[:1], model(x[:1]))
+    assert logits[1].isnan().all()
+
+
+def test_copies_compute_the_same(micro):
+    """Copied, pickled, and filled after it was made without memory."""
+    model, x = micro
+    empty = timm.create_model(model.pretrained_cfg["architecture"], device="meta").eval()
+    empty.load_state_dict(model.state_dict(), assign=True)
+    with torch.no_grad():
+        expected = model(x)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), empty):
+            torch.testing.assert_close(copied(x), expected, rtol=0, atol=0)
+
+
 def test_images_do_not_see_each_other(micro):
     model, x = micro
     with torch.no_grad():
@@ -214,6 +302,24 @@ def test_reset_classifier_keeps_the_pooling(micro):
         model.reset_classifier(0, "")
         torch.testing.assert_close(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
         assert model(x).dim() > 2
+
+
+@pytest.mark.parametrize("name", ["test_vim", "test_vmamba"])
+def test_checkpoint_of_other_classes(name, tmp_path):
+    """Its classifier is loaded where it fits, named where it does not, and left out for a third number."""
+    weights = timm.create_model(name, num_classes=7).state_dict()
+    torch.save(weights, tmp_path / "seven.pth")
+    read = partial(
+        timm.create_model, name, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "seven.pth")}
+    )
+    loaded = read(num_classes=7).state_dict()
+    assert all(torch.equal(loaded[key], weights[key]) for key in weights)
+    with pytest.raises(RuntimeError, match=r"\(7, .*\), expected \(1000, .*It has 7 classes: give num_classes=7\.$"):
+        read()
+    others = read(num_classes=3).state_dict()
+    classifier = [key for key in weights if others[key].shape != weights[key].shape]
+    assert classifier == [key for key in weights if key.startswith("head.")]
+    assert all(torch.equal(others[key], weights[key]) for key in weights if key not in classifier)
 
 
 def test_set_input_size(micro):
@@ -243,6 +349,61 @@ def test_recomputed_activations_give_the_same_gradients(micro):
         model(x).square().mean().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     torch.testing.assert_close(*gradients)
+
+
+RATES = {
+    "drop_rate": MICRO,
+    "drop_path_rate": MICRO,
+    "pos_drop_rate": ("test_local_vim", "test_mamba2d", "test_mamba3d", "test_plainmamba", "test_vim"),
+    "proj_drop_rate": ("test_mamba2d", "test_mamba3d", "test_vmamba"),
+}
+
+
+@pytest.mark.parametrize(("rate", "name"), [(rate, name) for rate, names in RATES.items() for name in names])
+def test_rates_act_in_training_alone(rate, name):
+    torch.manual_seed(0)
+    plain, model = timm.create_model(name), timm.create_model(name, **{rate: 0.9})
+    model.load_state_dict(plain.state_dict())
+    x = torch.randn(2, *input_size(model))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=0, atol=0)
+        model.train()
+        outputs = []
+        for seed in range(3):  # two draws alone may be the same
+            torch.manual_seed(seed)
+            outputs.append(model(x))
+        assert not all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("test_efficient_vmamba", dict(num_scan_stages=3, expand_ratio=2.0)),
+        ("test_plainmamba", dict(num_stem_convs=2, local_conv_layers=(1, 3), mamba_dt_init=False)),
+        ("test_mamba3d", dict(tubelet_size=4, fc_norm_eps=1e-5, head_init_std=0.5)),
+        ("test_vmamba", dict(mlp_act_layer="relu", patch_norm=False)),
+        ("test_vim", dict(rope="stream", rope_reference_size=7, norm_eps=1e-3)),
+    ],
+    ids=str,
+)
+def test_options_change_the_model(name, options):
+    torch.manual_seed(0)
+    plain, model = timm.create_model(name).eval(), timm.create_model(name, **options).eval()
+    x = torch.randn(1, *input_size(model))
+    shared = {key: value for key, value in plain.state_dict().items() if key in model.state_dict()}
+    shared = {key: value for key, value in shared.items() if value.shape == model.state_dict()[key].shape}
+    model.load_state_dict(shared, strict=False)
+    with torch.no_grad():
+        assert model(x).isfinite().all()
+        assert not torch.allclose(model(x), plain(x))
+
+
+def test_vim_pads_to_whole_patches():
+    torch.manual_seed(0)
+    model = timm.create_model("test_vim", dynamic_img_size=True, dynamic_img_pad=True).eval()
+    x = torch.randn(1, 3, 60, 50)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model(torch.nn.functional.pad(x, (0, 6, 0, 4))))
 
 
 def test_pruning_leaves_nothing_unused(micro):

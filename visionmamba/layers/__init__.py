@@ -18,7 +18,7 @@ from .norm import LayerNorm, before_linear
 from .output_norms import OutputNorms
 from .patch import ChannelsLastConv2d, ConvDownsample, ConvPatchEmbed, DepthwiseConv2d
 from .pos_embed import resize_pos_embed_aligned, resize_pos_embed_official
-from .residual_stream import STREAM_NORMS, ResidualBlock, StreamLayerNorm, StreamRMSNorm, widen
+from .residual_stream import STREAM_NORMS, BlockPair, ResidualBlock, StreamLayerNorm, StreamRMSNorm, widen
 from .rope import apply_rope, axial_rope_table
 from .selective_ssm import SelectiveSSM, init_dt_bias_, init_s4d_real_
 from .ss2d import CROSS_SCAN, OUT_NORMS, SS2D, CascadeSSM, MultiHeadSSM
@@ -31,6 +31,7 @@ __all__ = [
     "OUT_NORMS",
     "SS2D",
     "STREAM_NORMS",
+    "BlockPair",
     "CascadeSSM",
     "ChannelAttention",
     "ChannelsLastConv2d",

@@ -12,6 +12,8 @@ from .checks import check_input
 
 __all__ = ["GridPatchEmbed"]
 
+torch.fx.wrap("check_input")  # FX looks for leaf functions where forward is defined
+
 
 class GridPatchEmbed(nn.Module):
     """Patches of an image or tubelets of a clip, by one convolution.

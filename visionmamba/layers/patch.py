@@ -67,6 +67,7 @@ class ConvPatchEmbed(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         stride = patch_size // 2
+        self.minimum = [1, 1]
         conv = partial(ChannelsLastConv2d, kernel_size=stride + 1, stride=stride, padding=1, **dd)
         self.conv1 = conv(in_chans, embed_dim // 2)
         norm1 = norm_layer(embed_dim // 2, **dd) if norm_layer is not None else nn.Identity()

@@ -15,7 +15,7 @@ from .fusion import fuses, unwatched
 from .norm import add_stream_norm, before_linear, stream_norm
 from .rope import apply_rope
 
-__all__ = ["STREAM_NORMS", "ResidualBlock", "StreamLayerNorm", "StreamRMSNorm", "widen"]
+__all__ = ["STREAM_NORMS", "BlockPair", "ResidualBlock", "StreamLayerNorm", "StreamRMSNorm", "widen"]
 
 torch.fx.wrap("stream_norm")  # FX looks for leaf functions where forward is defined
 
@@ -117,3 +117,29 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor, grid: list[int], table: torch.Tensor | None = None) -> torch.Tensor:
         """Transform the residual stream ``(B, L, C)``; see :meth:`step`."""
         return self.step(x, grid, table)[0]
+
+
+class BlockPair(nn.Module):
+    """Two blocks over the same tokens, the second over their reversal, whose residual streams are summed.
+
+    Args:
+        first: Block over the sequence.
+        second: Block over the reversed sequence.
+    """
+
+    def __init__(self, first: ResidualBlock, second: ResidualBlock) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.scale = first.scale
+
+    def step(
+        self, x: torch.Tensor, grid: list[int], table: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what :meth:`ResidualBlock.step` does, summed over both blocks."""
+        first, first_h = self.first.step(x, grid, table)
+        second, second_h = self.second.step(x, grid, table)
+        return first + second, first_h + second_h
+
+    def forward(self, x: torch.Tensor, grid: list[int], table: torch.Tensor | None = None) -> torch.Tensor:
+        """Transform the residual stream ``(B, L, C)``."""
+        return self.first(x, grid, table) + self.second(x, grid, table)

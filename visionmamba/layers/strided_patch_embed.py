@@ -7,7 +7,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import lecun_normal_, register_notrace_function, to_2tuple
 
+from .checks import check_input
+
 __all__ = ["StridedPatchEmbed"]
+
+torch.fx.wrap("check_input")  # FX looks for leaf functions where forward is defined
 
 
 @torch.fx.wrap
@@ -15,7 +19,10 @@ __all__ = ["StridedPatchEmbed"]
 def _check_size(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Return ``x`` if its last two sizes are these."""
     if x.shape[2] != height or x.shape[3] != width:
-        raise ValueError(f"x: expected images of {height} x {width}, got {x.shape[2]} x {x.shape[3]}")
+        raise ValueError(
+            f"x: expected images of {height} x {width}, got {x.shape[2]} x {x.shape[3]}; create the model with "
+            "img_size=(height, width), or with dynamic_img_size=True for images of any size"
+        )
     return x
 
 
@@ -51,6 +58,7 @@ class StridedPatchEmbed(nn.Module):
         super().__init__()
         self.patch_size, self.stride = to_2tuple(patch_size), to_2tuple(stride or patch_size)
         self.strict_img_size, self.pad = strict_img_size, pad
+        self.minimum = [1, 1] if pad else list(self.patch_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, device=device, dtype=dtype)
         self.set_input_size(img_size)
 
@@ -83,6 +91,7 @@ class StridedPatchEmbed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Embed images ``(B, in_chans, height, width)`` as ``(B, L, C)``."""
+        x = check_input(x, "(B, channels, height, width)", self.minimum)
         if self.strict_img_size:
             x = _check_size(x, self.img_size[0], self.img_size[1])
         if self.pad:

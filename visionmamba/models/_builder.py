@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -128,6 +128,25 @@ def fitting_models(checkpoint: Tensors) -> list[str]:
     return fitting
 
 
+def _names(modules: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return what a pretrained cfg names, one module or several."""
+    return (modules,) if isinstance(modules, str) else tuple(modules or ())
+
+
+def _shape(tensors: Tensors, key: str) -> torch.Size | None:
+    return tensors[key].shape if key in tensors else None
+
+
+def _classes_hint(state_dict: Tensors, expected: Tensors, classifiers: list[str]) -> str:
+    """Return how to read a checkpoint of another number of classes, if that is all that is wrong with it."""
+    leaves = {key.removesuffix("weight") + leaf for key in classifiers for leaf in ("weight", "bias")}
+    other = {key for key in expected.keys() | state_dict.keys() if _shape(state_dict, key) != _shape(expected, key)}
+    if not other or not other <= leaves or not set(classifiers) <= state_dict.keys():
+        return ""
+    classes = state_dict[classifiers[0]].shape[0]
+    return f" It has {classes} classes: give num_classes={classes}."
+
+
 def _strict_filter(
     checkpoint_filter_fn: Callable[[Tensors, nn.Module], Tensors], variant: str, explain: bool
 ) -> Callable[[Tensors, nn.Module], Tensors]:
@@ -135,18 +154,19 @@ def _strict_filter(
 
     def filter_fn(checkpoint: Tensors, model: nn.Module) -> Tensors:
         state_dict = checkpoint_filter_fn(dict(checkpoint), model)
-        cfg = model.pretrained_cfg
-        classifiers = cfg.get("classifier") or ()
-        classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-        ignored = classifiers if model.num_classes != cfg["num_classes"] else ()
+        cfg, expected = model.pretrained_cfg, model.state_dict()
+        classifiers = [f"{name}.weight" for name in _names(cfg.get("classifier"))]
+        if classifiers and all(_shape(state_dict, key) == _shape(expected, key) is not None for key in classifiers):
+            cfg["num_classes"] = model.num_classes  # the checkpoint's own classes: timm would drop them otherwise
+        ignored = _names(cfg.get("classifier")) if model.num_classes != cfg["num_classes"] else ()
         if model.in_chans != cfg["input_size"][0]:
-            first_conv = cfg.get("first_conv") or ()
-            ignored += (first_conv,) if isinstance(first_conv, str) else tuple(first_conv)
+            ignored += _names(cfg.get("first_conv"))
         differences = {kind: keys for kind, keys in find_differences(state_dict, model, ignored).items() if keys}
         if differences:
             listing = "; ".join(f"{len(keys)} {kind} ({abbreviated(keys)})" for kind, keys in differences.items())
-            fitting = fitting_models(checkpoint) if explain else []
-            hint = f" It fits {', '.join(fitting)}." if fitting else ""
+            hint = _classes_hint(state_dict, expected, classifiers)
+            fitting = fitting_models(checkpoint) if explain and not hint else []
+            hint = f" It fits {', '.join(fitting)}." if fitting else hint
             raise CheckpointError(f"{variant}: the checkpoint does not fit: {listing}.{hint}")
         return state_dict
 
@@ -169,7 +189,8 @@ def build_model(
             layouts, or this project's own), else from where the authors publish them.
         checkpoint_filter_fn: ``(state_dict, model) -> state_dict``, from an official layout or this project's own to
             the model's. Keys of tables that the model recomputes are to be dropped there.
-        **kwargs: As for timm: model arguments, ``features_only``, ``out_indices``, ``pretrained_cfg``, ...
+        **kwargs: As for timm: model arguments, ``features_only``, ``pretrained_cfg``, ...; always ``out_indices``, the
+            levels that ``features_only`` returns.
 
     Returns:
         The model, or its feature extractor with ``features_only``.
@@ -178,6 +199,7 @@ def build_model(
         WeightsUnavailableError: Weights were asked for and could not be had.
         CheckpointError: They could not be read or do not fit; says which keys, and which models they would fit.
     """
+    kwargs["feature_cfg"] = dict(out_indices=kwargs.pop("out_indices"), feature_cls="getter")
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     cfg = resolve_pretrained_cfg(variant, kwargs.pop("pretrained_cfg", None), overlay)
     if isinstance(cfg, tuple):  # (cfg, additional arguments) in some versions of timm

@@ -57,6 +57,8 @@ def _unpickle(path: Path, mmap: bool = False) -> object:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, KeyError):  # a byte that is no instruction of a pickle
+        return "not a file of torch.save"
     lines = str(error).strip().splitlines()
     unsupported = [line.strip() for line in lines if "Unsupported" in line]
     return (unsupported or lines or [type(error).__name__])[0][:200]

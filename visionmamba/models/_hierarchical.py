@@ -13,9 +13,12 @@ from timm.models import checkpoint_seq
 from timm.models._input import update_model_input_size
 from timm.models.swin_transformer import PatchMerging
 
+from ..layers import check_input
 from ._base import VisionModel
 
 __all__ = ["DisjointPatchEmbed", "HierarchicalModel", "Stage"]
+
+torch.fx.wrap("check_input")  # FX looks for leaf functions where forward is defined
 
 
 def _stage_dims(dims: int | Sequence[int], depths: Sequence[int]) -> list[int]:
@@ -71,6 +74,7 @@ class DisjointPatchEmbed(PatchEmbed):
 
     def __init__(self, patch_size: int, in_chans: int, dim: int, **kwargs: Any) -> None:
         super().__init__(None, patch_size, in_chans, dim, output_fmt="NHWC", strict_img_size=False, **kwargs)
+        self.minimum = [patch_size, patch_size]
 
 
 class HierarchicalModel(VisionModel):
@@ -82,7 +86,7 @@ class HierarchicalModel(VisionModel):
         dims: Channels of each stage, or of the first (they double then).
         stage_layer: ``(stage) -> class`` of the stage; :class:`Stage` for all by default.
         patch_embed: ``(patch_size, in_chans, channels, norm_layer, **dd)`` to the embedding of images as
-            ``(B, H, W, C)``; one convolution of disjoint patches by default.
+            ``(B, H, W, C)``, whose ``minimum`` is the smallest size; one convolution of disjoint patches by default.
         downsample: ``(channels, next channels, norm_layer, **dd)`` to what halves the map before each further stage.
         patch_size: Stride of the patch embedding.
         in_chans: Channels of the image.
@@ -215,7 +219,7 @@ class HierarchicalModel(VisionModel):
             stages = self.stages
         else:
             stages = self.stages[:levels]
-        x = self.forward_stem(x)
+        x = self.forward_stem(check_input(x, "(B, channels, height, width)", self.patch_embed.minimum))
         features: list[torch.Tensor] = []
         for i, stage in enumerate(stages):
             x = stage(x)

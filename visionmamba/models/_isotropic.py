@@ -14,9 +14,14 @@ from ..layers import check_choice
 from ..layers.grid_embed import resize_grid_embed
 from ._base import VisionModel
 
-__all__ = ["GridModel", "IsotropicModel"]
+__all__ = ["GridModel", "IsotropicModel", "quarter_indices"]
 
 torch.fx.wrap("resize_grid_embed")  # FX looks for leaf functions where forward is defined, and that is the base's
+
+
+def quarter_indices(depth: int) -> tuple[int, int, int, int]:
+    """Return the last block of each quarter of the trunk: what stands for four levels where there is one."""
+    return tuple(round(depth * part / 4) - 1 for part in (1, 2, 3, 4))
 
 
 class IsotropicModel(VisionModel):

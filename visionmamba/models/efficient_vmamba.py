@@ -303,14 +303,9 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_efficient_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    every_stage = tuple(range(len(kwargs["depths"])))
     return build_model(
-        EfficientVMamba,
-        variant,
-        pretrained,
-        checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **kwargs,
+        EfficientVMamba, variant, pretrained, checkpoint_filter_fn, **{"out_indices": every_stage, **kwargs}
     )
 
 

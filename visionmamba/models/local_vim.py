@@ -309,15 +309,7 @@ SEARCHED = (
 
 
 def _create_local_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model(
-        LocalVim,
-        variant,
-        pretrained,
-        checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **kwargs,
-    )
+    return build_model(LocalVim, variant, pretrained, checkpoint_filter_fn, **{"out_indices": 3, **kwargs})
 
 
 @register_model

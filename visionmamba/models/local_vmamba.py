@@ -246,15 +246,8 @@ TINY_DIRECTIONS = (
 
 
 def _create_local_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model(
-        LocalVMamba,
-        variant,
-        pretrained,
-        checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **kwargs,
-    )
+    every_stage = tuple(range(len(kwargs["depths"])))
+    return build_model(LocalVMamba, variant, pretrained, checkpoint_filter_fn, **{"out_indices": every_stage, **kwargs})
 
 
 @register_model

@@ -16,18 +16,20 @@ see ``skip_from_input``. :mod:`.mamba_nd_btcv` has the model for the segmentatio
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 
 from ..layers import GatedMixer, GridPatchEmbed, SelectiveSSM
 from ..ops.scan_path import scan_path
 from ._builder import build_model
-from ._isotropic import GridModel
+from ._isotropic import GridModel, quarter_indices
 from ._mamba_nd_official import adapt_input_channels, checkpoint_filter_fn, inflate, official_state_dict
 
 __all__ = ["MambaND", "checkpoint_filter_fn", "inflate", "official_state_dict"]
@@ -78,9 +80,10 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), C)``, padding an odd side with zeros."""
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2)).permute(0, 3, 1, 2)
-        x = F.pixel_unshuffle(x, 2)  # neighbourhoods are channel-major, (C, 2, 2), unlike Swin's
-        return self.reduction(self.norm(x.permute(0, 2, 3, 1)))
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
+        x = x.permute(0, 1, 3, 5, 2, 4).flatten(3)  # neighbourhoods are channel-major, (C, 2, 2), unlike Swin's
+        return self.reduction(self.norm(x))
 
 
 class MambaNDBlock(nn.Module):
@@ -190,28 +193,17 @@ class MambaND(GridModel):
         rank = 2 if num_frames is None else 3
         if downsample_layers and rank != 2:
             raise ValueError(f"downsample_layers: expected none for clips, got {downsample_layers}")
-        paths = _block_paths(paths, depth, rank)
+        block = partial(
+            MambaNDBlock, embed_dim, skip_from_input=skip_from_input, proj_drop=proj_drop_rate, d_state=d_state, **dd
+        )
         rates = calculate_drop_path_rates(drop_path_rate, depth)
-        blocks = [
-            MambaNDBlock(
-                embed_dim,
-                paths[i],
-                skip_from_input=skip_from_input,
-                proj_drop=proj_drop_rate,
-                drop_path=rates[i],
-                downsample=i in downsample_layers,
-                d_state=d_state,
-                **dd,
-            )
-            for i in range(depth)
-        ]
+        paths = _block_paths(paths, depth, rank)
         patch = (tubelet_size, patch_size, patch_size)[-rank:]
+        pad = rank == 2 if pad_input is None else pad_input
         frames = () if num_frames is None else (num_frames,)
         super().__init__(
-            patch_embed=GridPatchEmbed(
-                patch, in_chans, embed_dim, (rank == 2) if pad_input is None else pad_input, **dd
-            ),
-            blocks=blocks,
+            patch_embed=GridPatchEmbed(patch, in_chans, embed_dim, pad, **dd),
+            blocks=[block(paths[i], drop_path=rates[i], downsample=i in downsample_layers) for i in range(depth)],
             reductions=[patch_size * 2 ** sum(layer <= i for layer in downsample_layers) for i in range(depth)],
             input_size=(*frames, *to_2tuple(img_size)),
             embed_dim=embed_dim,
@@ -277,8 +269,8 @@ def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
         "pool_size": (14, 14),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.projection",
         "classifier": "head",
         "origin_url": "https://github.com/jacklishufan/Mamba-ND",
@@ -312,18 +304,15 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_mamba_nd(variant: str, pretrained: bool, model_args: dict[str, Any], **kwargs: Any) -> nn.Module:
-    depth = kwargs.get("depth", model_args["depth"])
-    quarters = tuple(round(depth * part / 4) - 1 for part in (1, 2, 3, 4))
-    feature_cfg = {"out_indices": kwargs.pop("out_indices", quarters), "feature_cls": "getter"}
     published = {"num_frames": model_args.get("num_frames"), **kwargs.pop("pretrained_model_args", {})}
+    quarters = quarter_indices(kwargs.get("depth", model_args["depth"]))
     return build_model(
         MambaND,
         variant,
         pretrained,
         lambda state_dict, model: adapt_input_channels(checkpoint_filter_fn(state_dict, model), model),
-        feature_cfg=feature_cfg,
         pretrained_model_args=published,
-        **{**model_args, **kwargs},
+        **{"out_indices": quarters, **model_args, **kwargs},
     )
 
 

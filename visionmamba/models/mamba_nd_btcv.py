@@ -18,6 +18,7 @@ from ..layers import check_input
 from . import mamba_nd
 from ._builder import build_model
 from ._checkpoint import strip_prefixes
+from ._isotropic import quarter_indices
 from ._mamba_nd_official import adapt_input_channels
 from .mamba_nd import MambaND
 
@@ -270,13 +271,11 @@ def mamba3d_small_btcv(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         kwargs["num_frames"], img_size = img_size[0], tuple(img_size[1:])
     if img_size is not None:
         kwargs["img_size"] = img_size
-    feature_cfg = {"out_indices": kwargs.pop("out_indices", (5, 11, 17, 23)), "feature_cls": "getter"}
     return build_model(
         MambaNDUNETR,
         "mamba3d_small_btcv",
         pretrained,
         _fit_input_channels,
-        feature_cfg=feature_cfg,
         pretrained_model_args={"num_frames": _NOMINAL_SIZE, **kwargs.pop("pretrained_model_args", {})},
-        **{"embed_dim": 384, "depth": 24, **kwargs},
+        **{"embed_dim": 384, "depth": 24, "out_indices": quarter_indices(kwargs.get("depth", 24)), **kwargs},
     )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 
@@ -29,10 +30,12 @@ from ..ops import selective_scan
 from ..ops.scan_moves import NUM_MOVES, scan_moves
 from ._builder import build_model
 from ._checkpoint import strip_prefixes
-from ._isotropic import GridModel
+from ._isotropic import GridModel, quarter_indices
 from ._layout import embed_to_grid, rename, stack_directions, unstack_directions
 
 __all__ = ["DirectionAwareSSM", "PlainMamba", "checkpoint_filter_fn", "official_state_dict"]
+
+torch.fx.wrap("check_input")  # FX looks for leaf functions where forward is defined
 
 SNAKES = "snake_h,snake_h_flip,snake_v,snake_v_flip"
 
@@ -358,8 +361,8 @@ def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
         "pool_size": (14, 14),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.stem.0",
         "classifier": "head",
         "origin_url": "https://github.com/ChenhongyiYang/PlainMamba",
@@ -379,31 +382,30 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_plainmamba(variant: str, pretrained: bool, out_indices: tuple[int, ...], **kwargs: Any) -> nn.Module:
-    out_indices = kwargs.pop("out_indices", out_indices)
-    feature_cfg = {"out_indices": out_indices, "feature_cls": "getter"}
-    return build_model(PlainMamba, variant, pretrained, checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs)
+def _create_plainmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    quarters = quarter_indices(kwargs["depth"])
+    return build_model(PlainMamba, variant, pretrained, checkpoint_filter_fn, **{"out_indices": quarters, **kwargs})
 
 
 @register_model
 def plainmamba_l1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PlainMamba-L1: 7 M parameters."""
     model_args = {"embed_dim": 192, "depth": 24, "local_conv_layers": (0,)}
-    return _create_plainmamba("plainmamba_l1", pretrained, (5, 11, 17, 23), **{**model_args, **kwargs})
+    return _create_plainmamba("plainmamba_l1", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def plainmamba_l2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PlainMamba-L2: 26 M parameters."""
     model_args = {"embed_dim": 384, "depth": 24, "num_stem_convs": 2}
-    return _create_plainmamba("plainmamba_l2", pretrained, (5, 11, 17, 23), **{**model_args, **kwargs})
+    return _create_plainmamba("plainmamba_l2", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
 def plainmamba_l3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PlainMamba-L3: 51 M parameters."""
     model_args = {"embed_dim": 448, "depth": 36, "num_stem_convs": 2}
-    return _create_plainmamba("plainmamba_l3", pretrained, (8, 17, 26, 35), **{**model_args, **kwargs})
+    return _create_plainmamba("plainmamba_l3", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
@@ -419,4 +421,4 @@ def test_plainmamba(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "d_state": 4,
         "mamba_dt_init": True,
     }
-    return _create_plainmamba("test_plainmamba", pretrained, (1, 2, 3), **{**model_args, **kwargs})
+    return _create_plainmamba("test_plainmamba", pretrained, **{**model_args, **kwargs})

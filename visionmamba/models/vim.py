@@ -25,6 +25,7 @@ from timm.models._input import update_model_input_size
 from ..layers import (
     CLASS_TOKEN_POSITIONS,
     STREAM_NORMS,
+    BlockPair,
     GatedMixer,
     ResidualBlock,
     SelectiveSSM,
@@ -134,32 +135,6 @@ class VimMixer(GatedMixer):
     def forward(self, x: torch.Tensor, grid: list[int]) -> torch.Tensor:
         """Mix tokens ``(B, L, C)``, a sequence whatever their ``grid`` is."""
         return self.layer_scale(self.mix(x, [x.shape[1]]))
-
-
-class BlockPair(nn.Module):
-    """Two blocks over the same tokens, the second over their reversal, whose residual streams are summed.
-
-    Args:
-        first: Block over the sequence.
-        second: Block over the reversed sequence.
-    """
-
-    def __init__(self, first: ResidualBlock, second: ResidualBlock) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-        self.scale = first.scale
-
-    def step(
-        self, x: torch.Tensor, grid: list[int], table: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what :meth:`ResidualBlock.step` does, summed over both blocks."""
-        first, first_h = self.first.step(x, grid, table)
-        second, second_h = self.second.step(x, grid, table)
-        return first + second, first_h + second_h
-
-    def forward(self, x: torch.Tensor, grid: list[int], table: torch.Tensor | None = None) -> torch.Tensor:
-        """Transform the residual stream ``(B, L, C)``."""
-        return self.first(x, grid, table) + self.second(x, grid, table)
 
 
 class Vim(IsotropicModel):
@@ -373,8 +348,8 @@ class Vim(IsotropicModel):
 
     def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int], torch.Tensor | None]:
         """Return the first block's input ``(B, L, C)``, the patch grid, and the rotary embedding's table if any."""
-        grid, pos_embed = self._grid_and_pos_embed(x)
-        x = self.patch_embed(x)
+        image, x = x, self.patch_embed(x)
+        grid, pos_embed = self._grid_and_pos_embed(image)
         if self.cls_token is not None:
             x = insert_class_token(x, self.cls_token, self.class_token)
         if pos_embed is not None:
@@ -507,15 +482,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model(
-        Vim,
-        variant,
-        pretrained,
-        checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **kwargs,
-    )
+    return build_model(Vim, variant, pretrained, checkpoint_filter_fn, **{"out_indices": 3, **kwargs})
 
 
 @register_model

@@ -284,15 +284,8 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs.get("depths", (2, 2, 8, 2))))))
-    return build_model(
-        VMamba,
-        variant,
-        pretrained,
-        checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **kwargs,
-    )
+    every_stage = tuple(range(len(kwargs["depths"])))
+    return build_model(VMamba, variant, pretrained, checkpoint_filter_fn, **{"out_indices": every_stage, **kwargs})
 
 
 def _vanilla(**kwargs: Any) -> dict[str, Any]:
