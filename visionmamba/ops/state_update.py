@@ -180,7 +180,8 @@ def selective_state_update(
         The output, the shape and dtype of ``x``.
 
     Raises:
-        ValueError: A shape does not fit.
+        ValueError: A shape or device does not fit.
+        TypeError: A dtype does not fit.
 
     Source:
         mamba_ssm 2.3, ``ops/triton/selective_state_update.py`` (interface).

@@ -79,14 +79,14 @@ def scan_states_(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> torch.Ten
     Returns:
         ``b``, which now holds every h_t.
     """
-    steps = a.shape[2]
     if h.device.type == "cpu" and h.numel() >= _STEP_ELEMENTS:
-        decays, steps = a.unbind(2), b.unbind(2)
-        steps[0].addcmul_(decays[0], h)
+        decays, states = a.unbind(2), b.unbind(2)
+        states[0].addcmul_(decays[0], h)
         # on a CPU a list operation is a loop over the list, in its order: each step finds the one before it done
-        if len(steps) > 1:
-            torch._foreach_addcmul_(steps[1:], decays[1:], steps[:-1])
+        if len(states) > 1:
+            torch._foreach_addcmul_(states[1:], decays[1:], states[:-1])
         return b
+    steps = a.shape[2]
     length = math.isqrt(steps)
     whole = steps - steps % length
     rows = (x[:, :, :whole].unflatten(2, (-1, length)).unbind(3) for x in (a, b))
