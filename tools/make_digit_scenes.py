@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import partial
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -100,10 +101,9 @@ def _run_lengths(mask: np.ndarray) -> dict:
     return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
 
 
-def _annotation(label: int, mask: np.ndarray, image_id: int, identifier: int) -> dict:
+def _annotation(label: int, mask: np.ndarray, image_id: int) -> dict:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return {
-        "id": identifier,
         "image_id": image_id,
         "category_id": label + 1,
         "bbox": [
@@ -115,17 +115,15 @@ def _annotation(label: int, mask: np.ndarray, image_id: int, identifier: int) ->
     }  # fmt: skip
 
 
-def _write_scene(
-    image_id: int, digits: Digits, folder: Path, size: int, seed: Sequence[int]
-) -> list[tuple[int, np.ndarray]]:
-    """Write one scene and its label map; return the visible digits and their masks."""
+def _write_scene(image_id: int, digits: Digits, folder: Path, size: int, seed: Sequence[int]) -> list[dict]:
+    """Write one scene and its label map; return its annotations, without their numbers."""
     scene, objects = compose(digits, size, np.random.default_rng([*seed, image_id]))
     labels = np.zeros((size, size), np.uint8)
     for label, mask in objects:
         labels[mask] = label + 1
     for kind, image in (("images", scene), ("labels", labels)):
         Image.fromarray(image).save(folder / kind / f"{image_id:06d}.png", compress_level=1)
-    return objects
+    return [_annotation(label, mask, image_id) for label, mask in objects]
 
 
 def write_split(
@@ -143,12 +141,9 @@ def write_split(
     """
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
-    annotations = []
     write = partial(_write_scene, digits=digits, folder=folder, size=size, seed=seed)
     scenes = executor.map(write, range(count), chunksize=_CHUNK) if executor else map(write, range(count))
-    for image_id, objects in enumerate(scenes):
-        for label, mask in objects:
-            annotations.append(_annotation(label, mask, image_id, len(annotations) + 1))
+    annotations = [{"id": number, **annotation} for number, annotation in enumerate(chain.from_iterable(scenes), 1)]
     images = [{"id": i, "file_name": f"{i:06d}.png", "height": size, "width": size} for i in range(count)]
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(DIGIT_NAMES)]
     content = {"images": images, "annotations": annotations, "categories": categories}
