@@ -322,6 +322,16 @@ def test_checkpoint_of_other_classes(name, tmp_path):
     assert all(torch.equal(others[key], weights[key]) for key in weights if key not in classifier)
 
 
+@pytest.mark.parametrize("name", ["vim_tiny_patch16_224", "plainmamba_l1", "local_vim_tiny_wo_search"])
+def test_weights_of_another_size_say_so_in_their_cfg(name):
+    """Their position embedding is not interpolated down and, for their own images, up again."""
+    overlay = dict(input_size=(3, 384, 320))
+    model = timm.create_model(name, device="meta", depth=1, pretrained_cfg_overlay=overlay)
+    assert model.pos_embed.numel() == (24 * 20 + (name.startswith("vim"))) * model.embed_dim
+    nominal = timm.create_model(name, device="meta", depth=1, img_size=224, pretrained_cfg_overlay=overlay)
+    assert nominal.pos_embed.numel() == (14 * 14 + (name.startswith("vim"))) * model.embed_dim
+
+
 def test_set_input_size(micro):
     """The weights stay, the nominal size changes, and checkpoints of the model itself still fit."""
     model, x = micro
