@@ -1,7 +1,7 @@
 """UPerNet on VMamba-T s1l8, from scratch on the digit scenes, in the time that is given: three minutes.
 
-Classes are not weighted. Fourteen pixels of fifteen are background, but a smaller weight for it widens every digit: at a
-fifth, contours blurred by 2 pixels (Gaussian) hold mIoU to 0.80 with every digit recognised; unweighted, to 0.98.
+Classes are not weighted. Fourteen pixels of fifteen are background, but a smaller weight for it widens every digit:
+at a fifth, contours blurred by 2 pixels (Gaussian) hold mIoU to 0.80 with every digit recognised; unweighted, to 0.98.
 """
 
 _base_ = "./vmamba-t-s1l8_upernet_1xb16-4k_digit-scenes-256x256.py"
