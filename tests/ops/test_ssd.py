@@ -252,6 +252,14 @@ def test_cu_seqlens_must_cover(bounds):
         )
 
 
+def test_cu_seqlens_are_integers():
+    x, projection = torch.zeros(1, 30, 2, 4), torch.zeros(1, 30, 1, 3)
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected integers, got torch\.float32"):
+        mamba_chunk_scan_combined(
+            x, torch.zeros(1, 30, 2), -torch.ones(2), projection, projection, 8, cu_seqlens=torch.tensor([0.0, 30.0])
+        )
+
+
 def test_cu_seqlens_need_a_batch_of_one():
     x, projection = torch.zeros(2, 30, 2, 4), torch.zeros(2, 30, 1, 3)
     with pytest.raises(ValueError, match="batch of 1, got a batch of 2"):

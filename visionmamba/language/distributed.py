@@ -21,6 +21,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ..ops import causal_conv1d, ssd_scan
+from ..ops.ssd.interface import state_after
 from .attention import MHA, GatedMLP
 from .mamba2 import Mamba2
 from .model import MambaLMHeadModel
@@ -313,16 +314,13 @@ class ContextParallelMamba2(nn.Module):
         """The state before this rank's stretch, (B, H, P, N), from what every rank adds to it."""
         mixer = self.mixer
         step = F.softplus(dt.float() + mixer.dt_bias.float()).clamp(*mixer.dt_limit)  # (B, L, H)
-        log_decay = -torch.exp(mixer.A_log.float()) * step
-        remaining = log_decay.flip(1).cumsum(1).flip(1) - log_decay
         x = x.reshape(*x.shape[:2], mixer.nheads, mixer.headdim).float()
-        weighted = (x * (remaining.exp() * step).unsqueeze(-1)).unflatten(2, (mixer.ngroups, -1))
         B = B.reshape(*B.shape[:2], mixer.ngroups, mixer.d_state).float()
-        added = torch.einsum("blgrp,blgn->bgrpn", weighted, B).flatten(1, 2)
+        added, log_decay = state_after(x, step, -torch.exp(mixer.A_log.float()), B)
         states = _GatherFromRanks.apply(added, self._group)
-        decays = _GatherFromRanks.apply(log_decay.sum(1), self._group).exp()[..., None, None]
+        decays = _GatherFromRanks.apply(log_decay, self._group).exp()[..., None, None]
         state = 0 * (states.sum() + decays.sum()) + torch.zeros_like(added)
-        for rank in range(self._rank):
+        for rank in range(self._rank):  # h <- decay over the rank's stretch * h + what the stretch adds
             state = decays[rank] * state + states[rank]
         return state
 

@@ -12,7 +12,13 @@ from ..causal_conv1d import causal_conv1d
 from ..norm import rmsnorm_fn
 from .op import ssd_scan
 
-__all__ = ["check_cu_seqlens", "mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined", "varlen_states"]
+__all__ = [
+    "check_cu_seqlens",
+    "mamba_chunk_scan_combined",
+    "mamba_split_conv1d_scan_combined",
+    "state_after",
+    "varlen_states",
+]
 
 _UNLIMITED = (0.0, float("inf"))
 
@@ -26,13 +32,38 @@ def check_cu_seqlens(cu_seqlens: Tensor, length: int, padded: bool = False) -> l
         padded: Whether tokens may follow the last boundary, and sequences may be empty (rows of a cache without one).
 
     Raises:
-        ValueError: They do not cover exactly the tokens, or do not increase.
+        ValueError: They are no integers, do not cover exactly the tokens, or do not increase.
     """
+    if cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens: expected integers, got {cu_seqlens.dtype}")
     bounds = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
     covers = len(bounds) >= 2 and bounds[0] == 0 and (bounds[-1] <= length if padded else bounds[-1] == length)
     if not covers or any(end - start < (not padded) for start, end in pairwise(bounds)):
         raise ValueError(f"cu_seqlens: expected increasing boundaries from 0 to {length} tokens, got {bounds}")
     return bounds
+
+
+def state_after(x: Tensor, step: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the state that tokens leave behind where there was none before, and how far they let one decay.
+
+    With s_t the sum of Delta A over the steps after t::
+
+        h = sum_t exp(s_t) Delta_t x_t B_t^T
+
+    Args:
+        x: ``(B, L, H, P)``.
+        step: Delta, after bias, softplus and clamp, ``(B, L, H)``.
+        A: ``(H,)``.
+        B: ``(B, L, G, N)``.
+
+    Returns:
+        ``(B, H, P, N)``, and the logarithm of the decay over all steps, ``(B, H)``.
+    """
+    log_decay = step * A
+    remaining = log_decay.flip(1).cumsum(1).flip(1) - log_decay  # from after each step to the end
+    weighted = x * (remaining.exp() * step).unsqueeze(-1)
+    weighted = weighted.unflatten(2, (B.shape[2], -1))  # (B, L, G, H / G, P)
+    return torch.einsum("blgrp,blgn->bgrpn", weighted, B).flatten(1, 2), log_decay.sum(1)
 
 
 def varlen_states(
@@ -57,19 +88,14 @@ def varlen_states(
         ``(S, H, P, N)`` in float32 (float64).
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    heads, groups = A.shape[0], B.shape[2]
-    x, step, A, B = x[0].to(dtype), step[0].to(dtype), A.to(dtype), B[0].to(dtype)
+    x, step, A, B = (tensor.to(dtype) for tensor in (x, step, A, B))
     states = []
     for start, end in pairwise(cu_seqlens.tolist()):
-        log_decay = step[start:end] * A
-        remaining = log_decay.flip(0).cumsum(0).flip(0) - log_decay  # from after each step to the sequence's end
-        weighted = x[start:end] * (remaining.exp() * step[start:end]).unsqueeze(-1)  # (T, H, P)
-        weighted = weighted.unflatten(1, (groups, heads // groups))
-        state = torch.einsum("tgrp,tgn->grpn", weighted, B[start:end]).flatten(0, 1)
+        state, log_decay = state_after(x[:, start:end], step[:, start:end], A, B[:, start:end])
         if not states and initial_states is not None:
-            state = state + log_decay.sum(0).exp()[:, None, None] * initial_states[0].to(dtype)
+            state = state + log_decay.exp()[..., None, None] * initial_states.to(dtype)
         states.append(state)
-    return torch.stack(states)
+    return torch.cat(states)
 
 
 def mamba_chunk_scan_combined(
