@@ -78,6 +78,8 @@ def test_another_image_size_is_said_and_kept(name, tmp_path, capsys):
     assert "img_size: expected the size for which a position embedding has" in capsys.readouterr().err
     _, ours = _there_and_back(name, weights, tmp_path, "--img-size", "96x80")
     _equal(create_classifier(name, ours).state_dict(), weights)
+    _convert(name, ours, tmp_path / "hub", "--to", "hub")
+    _equal(timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).state_dict(), weights)
 
 
 def test_pictures_of_other_channels_can_be_read(tmp_path):
