@@ -51,9 +51,10 @@ __all__ = [
 ]
 
 Grid = tuple[int, ...]
-Direction = Callable[[Grid, Grid], np.ndarray]
+Order = Callable[..., np.ndarray]
+Multiple = Callable[..., int]
 
-_directions: list[tuple[re.Pattern[str], Callable[..., np.ndarray]]] = []
+_directions: list[tuple[re.Pattern[str], Order, Multiple]] = []
 _FLIP = "_flip"
 _CLASS_TOKEN = "|cls"
 
@@ -106,20 +107,21 @@ class ScanPath:
         return np.stack(np.unravel_index(order[order >= 0], self.grid), axis=-1)
 
 
-def register_direction(pattern: str) -> Callable[[Callable[..., np.ndarray]], Callable[..., np.ndarray]]:
+def register_direction(pattern: str, multiple: Multiple = lambda *groups: 1) -> Callable[[Order], Order]:
     """Register a scan direction.
 
     Args:
         pattern: Regular expression that the whole direction name (without ``_flip``) matches. Its groups are passed on
             as strings.
+        multiple: ``(*groups)`` to the number that each side of the grid is padded to a multiple of.
 
     Returns:
-        A decorator for ``function(grid, memory_grid, *groups) -> order``: 1-D token indices into ``memory_grid``. A
-        function may carry an attribute ``multiple(*groups) -> int``: both sides of the grid are padded to a multiple.
+        A decorator for ``function(grid, memory_grid, *groups) -> order``: token indices into ``memory_grid``, whose
+        raster order is the order of the steps.
     """
 
-    def decorator(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-        _directions.append((re.compile(pattern), function))
+    def decorator(function: Order) -> Order:
+        _directions.append((re.compile(pattern), function, multiple))
         _cached_path.cache_clear()
         return function
 
@@ -144,12 +146,13 @@ def _ceil_to(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _find(direction: str) -> tuple[Callable[..., np.ndarray], tuple[str, ...]]:
+def _find(direction: str) -> tuple[Order, int, tuple[str, ...]]:
+    """Return a direction's function, what it pads to a multiple of, and what its name says."""
     base = direction.removesuffix(_FLIP)
-    for pattern, function in _directions:
+    for pattern, function, multiple in _directions:
         match = pattern.fullmatch(base)
         if match:
-            return function, match.groups()
+            return function, multiple(*match.groups()), match.groups()
     raise ValueError(
         f"path: unknown direction {direction!r}; known are h, v, snake_h, snake_v, wK (e.g. w7), sub_SYX, subT_SYX "
         "(e.g. sub_210), axis orders (e.g. thw, wht), each also with _flip"
@@ -169,10 +172,8 @@ def padded_grid(name: str, grid: Grid) -> Grid:
     """
     sizes = list(grid)
     for direction in name.removesuffix(_CLASS_TOKEN).split(","):
-        function, groups = _find(direction)
-        multiple = getattr(function, "multiple", None)
-        if multiple is not None:
-            sizes = [max(size, _ceil_to(real, multiple(*groups))) for size, real in zip(sizes, grid, strict=True)]
+        _, multiple, _ = _find(direction)
+        sizes = [max(size, _ceil_to(real, multiple)) for size, real in zip(sizes, grid, strict=True)]
     return tuple(sizes)
 
 
@@ -200,7 +201,7 @@ def _cached_path(name: str, grid: Grid) -> ScanPath:
     num_tokens = int(np.prod(memory_grid))
     orders = []
     for direction in name.removesuffix(_CLASS_TOKEN).split(","):
-        function, groups = _find(direction)
+        function, _, groups = _find(direction)
         order = np.asarray(function(grid, memory_grid, *groups), dtype=np.int32).ravel()
         orders.append(order[::-1] if direction.endswith(_FLIP) else order)
     if name.endswith(_CLASS_TOKEN):
@@ -377,7 +378,7 @@ def _snake(grid: Grid, memory_grid: Grid, axis: str) -> np.ndarray:
     return lines
 
 
-@register_direction(r"w([1-9]\d*)")
+@register_direction(r"w([1-9]\d*)", multiple=int)
 def _windows(grid: Grid, memory_grid: Grid, window: str) -> np.ndarray:
     _require_2d(grid, f"w{window}")
     size = int(window)
@@ -386,10 +387,7 @@ def _windows(grid: Grid, memory_grid: Grid, window: str) -> np.ndarray:
     return tokens.reshape(rows // size, size, columns // size, size).swapaxes(1, 2)
 
 
-_windows.multiple = int  # type: ignore[attr-defined]
-
-
-@register_direction(r"sub(T?)_([1-9])(\d)(\d)")
+@register_direction(r"sub(T?)_([1-9])(\d)(\d)", multiple=lambda _transposed, stride, _row, _column: int(stride))
 def _sub_grid(grid: Grid, memory_grid: Grid, transposed: str, stride: str, row: str, column: str) -> np.ndarray:
     _require_2d(grid, "sub_SYX")
     step = int(stride)
@@ -398,9 +396,6 @@ def _sub_grid(grid: Grid, memory_grid: Grid, transposed: str, stride: str, row: 
     rows, columns = (_ceil_to(side, step) for side in grid)
     tokens = _raster(memory_grid)[int(row) : rows : step, int(column) : columns : step]
     return tokens.T if transposed else tokens
-
-
-_sub_grid.multiple = lambda _transposed, stride, _row, _column: int(stride)  # type: ignore[attr-defined]
 
 
 @register_direction("(hw|wh|thw|twh|htw|hwt|wth|wht)")
