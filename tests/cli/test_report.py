@@ -93,7 +93,9 @@ def test_an_interrupted_report_is_resumed(run, tmp_path, monkeypatch):
         return measure(setting, *arguments)
 
     monkeypatch.setattr(module, "measure", interrupted)
-    assert run("report", *MODELS, "--out", tmp_path, *QUICK).status != 0
+    result = run("report", *MODELS, "--out", tmp_path, *QUICK)
+    assert result.status == 130
+    assert f"interrupted: {tmp_path} keeps what was measured" in result.err
     assert not (tmp_path / "report.html").exists()
     first, measured[:] = list(measured), []
     monkeypatch.setattr(module, "measure", lambda setting, *rest: measured.append(setting) or measure(setting, *rest))
@@ -170,6 +172,13 @@ def test_what_was_measured_elsewhere_is_shown(run, report):
     assert (empty.status, "holds no measurements" in empty.err) == (1, True)
 
 
+def test_every_family_has_a_look_of_its_own():
+    from visionmamba.analysis.report import _LOOKS, _look, default_models
+
+    assert {tuple(_look(name).values()) for name in default_models()} == set(_LOOKS.values())
+    assert all(len(set(values)) == len(_LOOKS) for values in zip(*_LOOKS.values(), strict=True))
+
+
 def test_default_models_are_the_224_pixel_models_and_three_peers():
     from visionmamba.analysis.report import default_models, sweep_models
 
@@ -199,6 +208,7 @@ def test_bad_input_is_one_sentence(run, tmp_path, arguments, message):
 @pytest.mark.skipif(not BROWSER, reason="no browser (chromium, google-chrome) on this machine")
 def test_page_in_a_real_browser(report):
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
+    options += [f"--user-data-dir={report / 'browser'}"]  # another browser may be running
     page, picture = report / "report.html", report / "page.png"
     dom = subprocess.run([BROWSER, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True)
     assert dom.stdout.count("<tr") >= 10

@@ -243,7 +243,7 @@ _LOOKS = {
 
 
 def _look(name: str) -> dict[str, str]:
-    color, marker = _LOOKS[_family(name)]
+    color, marker = _LOOKS.get(_family(name), ("#882255", "h"))  # beside the families of image classifiers
     return {"color": color, "marker": marker}
 
 

@@ -85,3 +85,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (CommandError, ImportError, OSError) as error:  # ImportError: an optional package
         typer.echo(f"error: {one_line(error)}", err=True)
         sys.exit(1)
+    except KeyboardInterrupt:  # while a command is imported; later ones are the command's or Typer's
+        sys.exit(130)

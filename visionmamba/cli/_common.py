@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "check_model_name",
     "check_writable",
     "console",
+    "measurements_stay",
     "one_line",
     "print_json",
     "progress",
@@ -57,6 +59,24 @@ def progress(**kwargs: Any) -> Progress:
         console=Console(stderr=True),
         **kwargs,
     )
+
+
+@contextlib.contextmanager
+def measurements_stay(folder: Path) -> Iterator[None]:
+    """Say on Ctrl-C that what was measured is kept.
+
+    Args:
+        folder: Where it is.
+
+    Raises:
+        typer.Exit: After Ctrl-C, with status 130.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        note = f"interrupted: {folder} keeps what was measured; the same command again goes on from there"
+        typer.echo(note, err=True)
+        raise typer.Exit(130) from None
 
 
 def check_model_name(name: str, names: Iterable[str]) -> str:

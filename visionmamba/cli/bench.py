@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._arguments import parse_size, resolve_models
-from ._common import CommandError, JsonOption, check_folder, console, one_line, print_json, progress
+from ._common import CommandError, JsonOption, check_folder, console, measurements_stay, one_line, print_json, progress
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ def bench(
         results = Results(check_folder(out), where)
     except ValueError as error:
         raise CommandError(f"--out: {one_line(error)}") from error
-    with progress(transient=True) as bar:
+    with measurements_stay(out), progress(transient=True) as bar:
         task = bar.add_task("measuring", total=len(settings))
 
         def notify(setting: Setting, row: dict[str, Any]) -> None:

@@ -120,7 +120,7 @@ def doctor(
         _check_gpu(as_json)
         return
     devices = _devices()
-    report = {
+    report: dict[str, Any] = {
         "platform": platform.platform(),
         "versions": _versions(),
         "devices": devices,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._arguments import parse_size, resolve_models
-from ._common import CommandError, check_folder, one_line, progress
+from ._common import CommandError, check_folder, measurements_stay, one_line, progress
 from .bench import RepeatsOption, SecondsOption, WarmupOption, parse_choices, pick_device
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _measure(planned: Plan, out: Path, device: torch.device, timing: Timing) -> 
     measured = Measurement(environment=results.environment)
     first = [setting for setting in planned.table if setting.run == planned.table[0].run]
     settings = list(dict.fromkeys([*first, *planned.sweep, *planned.table]))
-    with progress(transient=True) as bar, _what_is_loaded_is_no_garbage():
+    with measurements_stay(out), progress(transient=True) as bar, _what_is_loaded_is_no_garbage():
         task = bar.add_task("measuring", total=len(settings))
 
         def notify(setting: Setting, row: dict[str, Any]) -> None:
