@@ -45,7 +45,7 @@ def available() -> str | None:
     try:
         nvrtc_version()
     except ImportError as error:
-        return f"cuda-core is not installed ({error})"
+        return f"cuda-core or cuda-bindings is not installed ({error})"
     except Exception as error:
         return f"NVRTC cannot be loaded ({error})"
     return None
@@ -125,10 +125,7 @@ def _write(path: Path, cubin: bytes) -> None:
 
 
 def _program(name: str, text: str, macros: Mapping[str, int], architecture: str, **options: str) -> Any:
-    try:
-        from cuda.core import Program, ProgramOptions
-    except ImportError:
-        from cuda.core.experimental import Program, ProgramOptions
+    from cuda.core import Program, ProgramOptions
 
     defines = [(key, str(value)) for key, value in sorted(macros.items())]
     options = ProgramOptions(name=name, arch=architecture, std="c++17", define_macro=defines, **options)
