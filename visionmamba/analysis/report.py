@@ -258,11 +258,12 @@ def _new_figure() -> tuple[Figure, Any]:
 
 
 def _logarithmic(axis: Any) -> None:
-    """Make an axis logarithmic, with ticks at 1, 2 and 5 that are written out."""
+    """Make an axis logarithmic, with ticks that are written out: at 1, 2 and 5, or more where they would be few."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 4, 5, 7)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:,g}")
 
@@ -386,14 +387,16 @@ def _context(planned: Plan, measured: Measurement, accuracy: dict[str, float]) -
     where = measured.environment
     sources = {row.get("memory_from") for row in measured.rows.values()} - {"", None}
     memory = "the allocator's peak" if sources == {"allocator"} else "counted from the tensors' shapes"
+    table = _table(planned, measured, accuracy)
+    energy = f"; energy is the whole device's, for an image at inference{run_of_plots}"
     return {
         "title": "The zoo on " + str(where.get("device", "this machine")),
         "summary": f"{len({s.model for s in planned.table})} models, {first.precision}, batch {first.batch}, "
         f"PyTorch {where.get('torch')}, commit {where.get('commit') or 'unknown'}.",
         "caption": "GFLOPs: 1 a multiply-accumulate, scans as 9BLDN + BLD; benchmarks/flops.md explains differences "
-        f"from published figures. Images a second from the median step; memory is {memory}; energy is the whole "
-        f"device's, for an image at inference{run_of_plots}. A training step is forward and backward.",
-        **_table(planned, measured, accuracy),
+        f"from published figures. Images a second from the median step; memory is {memory}"
+        f"{energy if 'Energy (mJ)' in table['columns'] else ''}. A training step is forward and backward.",
+        **table,
         "failures": _failures(measured),
         "figures": _figures(planned, measured),
         "growth_columns": growth_columns,
