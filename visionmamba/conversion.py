@@ -90,7 +90,8 @@ def _overlay(model: nn.Module) -> dict[str, Any]:
     """Return what tells a reader how many classes there are and how images are prepared."""
     settings = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     names = ("mean", "std", "crop_pct", "interpolation")
-    overlay = {"num_classes": model.num_classes, "input_size": [model.in_chans, *settings["input_size"][1:]]}
+    size = get_model_input_config(model)["input_size"][1:]
+    overlay = {"num_classes": model.num_classes, "input_size": [model.in_chans, *size]}
     overlay.update({name: settings[name] for name in names})
     if model.pretrained_cfg.get("label_names"):
         overlay["label_names"] = list(model.pretrained_cfg["label_names"])

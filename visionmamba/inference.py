@@ -70,16 +70,16 @@ def create_classifier(
         overlay = {**checkpoint_cfg(checkpoint), "file": os.fspath(checkpoint)}
     if num_classes is not None:
         overlay["num_classes"] = num_classes
-    if in_chans is not None or img_size is not None:
-        channels, *size = overlay.get("input_size") or timm.get_pretrained_cfg(name).input_size
-        overlay["input_size"] = (in_chans or channels, *(img_size or size))
-    arguments: dict[str, Any] = {}
-    if "num_classes" in overlay:
-        arguments["num_classes"] = overlay["num_classes"]
-    if "input_size" in overlay:
-        channels, *size = overlay["input_size"]
-        arguments.update(in_chans=channels, img_size=tuple(size))
-        if channels != timm.get_pretrained_cfg(name).input_size[0]:  # whose statistics are of other channels
+    arguments = {"num_classes": overlay["num_classes"]} if "num_classes" in overlay else {}
+    if in_chans is not None or img_size is not None or "input_size" in overlay:
+        own_channels, *own_size = timm.get_pretrained_cfg(name).input_size
+        channels, *size = overlay.get("input_size", (own_channels, *own_size))
+        channels, size = in_chans or channels, list(img_size or size)
+        overlay["input_size"] = (channels, *size)
+        arguments["in_chans"] = channels
+        if size != own_size:
+            arguments["img_size"] = tuple(size)
+        if channels != own_channels:  # whose statistics are of other channels
             overlay = {"mean": (0.5,) * channels, "std": (0.5,) * channels, **overlay}
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     return model.to(device=device).eval()

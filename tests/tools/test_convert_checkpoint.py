@@ -82,6 +82,13 @@ def test_another_image_size_is_said_and_kept(name, tmp_path, capsys):
     _equal(timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).state_dict(), weights)
 
 
+@pytest.mark.slow
+def test_volumes_keep_the_size_that_their_checkpoint_has(tmp_path):
+    pytest.importorskip("monai")
+    weights = _random_weights("mamba3d_small_btcv", tmp_path / "weights.pth", img_size=48)
+    _there_and_back("mamba3d_small_btcv", weights, tmp_path)
+
+
 def test_pictures_of_other_channels_can_be_read(tmp_path):
     """Nobody said how a grey model's images were normalised; the published statistics are of three channels."""
     _random_weights("test_vmamba", tmp_path / "weights.pth", in_chans=1)

@@ -201,11 +201,11 @@ def build_model(
     """
     kwargs["feature_cfg"] = dict(out_indices=kwargs.pop("out_indices"), feature_cls="getter")
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
-    if overlay and overlay.get("input_size"):  # as timm does for models of a fixed size
-        kwargs.setdefault("img_size", tuple(overlay["input_size"][-2:]))
     cfg = resolve_pretrained_cfg(variant, kwargs.pop("pretrained_cfg", None), overlay)
     if isinstance(cfg, tuple):  # (cfg, additional arguments) in some versions of timm
         cfg = cfg[0]
+    if tuple(cfg.input_size[-2:]) != tuple(timm.get_pretrained_cfg(variant).input_size[-2:]):
+        kwargs.setdefault("img_size", tuple(cfg.input_size[-2:]))  # as timm does for models of a fixed size
     if not pretrained:
         return build_model_with_cfg(model_cls, variant, False, pretrained_cfg=cfg, **kwargs)
     explain = cfg.state_dict is None
