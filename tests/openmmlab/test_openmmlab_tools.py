@@ -238,16 +238,14 @@ def test_only_files_and_interrupts_end_a_training_in_one_sentence(capsys):
     from visionmamba.openmmlab.runner import one_sentence
 
     parser = argparse.ArgumentParser(prog="train")
+    worker = "Caught it in a worker.\nOriginal Traceback (most recent call last):\n  ...\nFileNotFoundError: lost.png\n"
     for error, status, said in (
-        (KeyboardInterrupt(), 130, "train: interrupted\n"),
-        (
-            PermissionError(13, "Permission denied", "work_dirs"),
-            1,
-            "train: error: [Errno 13] Permission denied: 'work_dirs'\n",
-        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (PermissionError(13, "Permission denied", "runs"), 1, "error: [Errno 13] Permission denied: 'runs'"),
+        (FileNotFoundError(worker), 1, "error: FileNotFoundError: lost.png"),
     ):
         with pytest.raises(SystemExit) as ended, one_sentence(parser):
             raise error
-        assert (ended.value.code, capsys.readouterr().err) == (status, said)
+        assert (ended.value.code, capsys.readouterr().err) == (status, f"train: {said}\n")
     with pytest.raises(ZeroDivisionError), one_sentence(parser):
         raise ZeroDivisionError

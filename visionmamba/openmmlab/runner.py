@@ -57,9 +57,12 @@ def one_sentence(parser: argparse.ArgumentParser, building: bool = False) -> Ite
     except Exception as error:
         if not building and not isinstance(error, OSError | CheckpointError):
             raise
+        message = str(error) or type(error).__name__
+        if "Original Traceback" in message:  # of a process that reads data: its last line says what it was
+            message = message.strip().splitlines()[-1]
         place = traceback.extract_tb(error.__traceback__)[-1]
         kind = "" if isinstance(error, OSError) else f" ({type(error).__name__}, {place.filename}:{place.lineno})"
-        parser.exit(1, f"{parser.prog}: error: {one_line(error)}{kind}\n")
+        parser.exit(1, f"{parser.prog}: error: {one_line(message)}{kind}\n")
 
 
 def _check_sections(config: Config, options: dict[str, Any]) -> None:
