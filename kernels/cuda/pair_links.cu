@@ -121,8 +121,8 @@ extern "C" __global__ void __launch_bounds__(32 * PARTS) pair_combine(const __gr
   __shared__ Link parts[PARTS][32];
   const int strips = (p.channels + 31) / 32, bk = blockIdx.x / strips, k = bk % p.K;
   const int lane = threadIdx.x & 31, part = threadIdx.x >> 5, channel = blockIdx.x % strips * 32 + lane;
-  const bool ok = channel < p.channels;
-  const int64 index = (int64)bk * p.channels + channel, row = (int64)bk * p.pieces * p.channels + (ok ? channel : 0);
+  const bool ok = channel < p.channels;  // lanes without one read the strip's first, which no other block writes
+  const int64 index = (int64)bk * p.channels + channel, row = (int64)bk * p.pieces * p.channels + (ok ? channel : channel - lane);
   const float A = ok ? p.A[k * p.channels + channel] : 0.f;
   Pieces pieces;
   pieces.spans = p.spans + row;

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import hashlib
+import itertools
 import os
 import random
 import re
@@ -31,6 +32,8 @@ HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 _KERNEL = re.compile(r"(\w+)\(const __grid_constant__ (\w+) p\)")
 _INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
+_SHARED = re.compile(r"(?:__align__\((\d+)\) )?__shared__ (\w+) (\w+\[[^;]*);")
+_ARRAY = re.compile(r"(\w+)((?:\[[^\]]*\])+)")
 _OPTIONS = ("-std=c++17", "-w", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-fvisibility=hidden")
 _BUILDS = {
     "plain": ("-O1",),
@@ -130,7 +133,15 @@ def _code(folder: Path | None, name: str) -> str:
         f"{{ {kernel}(*(const {struct}*)p); }}\n"
         for kernel, struct in _KERNEL.findall(text)
     )
+    numbers = itertools.count()
+
+    def arrays(match: re.Match[str]) -> str:
+        alignment, kind, names = match.groups()
+        found = _ARRAY.findall(names)
+        return " ".join(f"SHARED_ARRAY({next(numbers)}, {alignment or 1}, {kind}, {n}, {sizes})" for n, sizes in found)
+
     text = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"#define \2 ((\1*)simt::dynamic_shared())", text)
+    text = _SHARED.sub(arrays, text)
     return f'#include "{HERE / "simt.h"}"\nnamespace {{\n{text}\n{wrappers}}}\n'
 
 
@@ -241,8 +252,8 @@ class EmulatedLauncher:
             faults = _emulate(*launch, Schedule())
             assert not faults, f"{name} of {file}: {faults}"
             return
-        assert library.simt_static_bytes() + shared_bytes <= self.shared_bytes
         self._check(f"{name} of {file}", *launch, _regions(arguments.wide))
+        assert library.simt_static_bytes() + shared_bytes <= self.shared_bytes
 
     def _check(self, what, library, name, blocks, threads, packed, shared_bytes, regions) -> None:
         """Run a launch under each schedule, from the same memory to the same memory."""

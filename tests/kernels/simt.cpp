@@ -7,6 +7,7 @@
 #include <string.h>
 #include <ucontext.h>
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -15,7 +16,6 @@
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 struct dim1 { unsigned x; };
-extern "C" char __start_simt_shared[] __attribute__((weak)), __stop_simt_shared[] __attribute__((weak));
 
 namespace simt {
 // How a block's threads take turns; the same numbers as in emulation.py.
@@ -38,6 +38,8 @@ struct Thread {
   Clock seen;  // for each thread, and for the copies of each, up to which of its moments this one has come after
 };
 
+struct Array { std::unique_ptr<char[]> memory; char* begin; size_t bytes; };
+static std::map<unsigned, Array> arrays;  // of shared memory, by number
 static std::unique_ptr<char[]> dynamic_memory;
 static size_t dynamic_bytes;
 static std::vector<char> stacks;
@@ -108,6 +110,20 @@ static void meet(unsigned kind) {
   wait(barrier, 32, kind != 0);  // a shuffle orders nothing in memory
 }
 
+static void poison(void* memory, size_t bytes) {
+  for (size_t i = 0; i + 4 <= bytes; i += 4) memcpy((char*)memory + i, &POISON, 4);
+}
+// An array begins where its type allows and four floats at a time would not, and ends with its memory.
+void* shared_array(unsigned number, unsigned bytes, unsigned alignment) {
+  Array& array = arrays[number];
+  if (array.memory == nullptr) {
+    array.memory.reset(new char[alignment % 16 + bytes]);
+    array.begin = array.memory.get() + alignment % 16, array.bytes = bytes;
+    poison(array.begin, bytes);
+    if (schedule.checks) add_space(array.begin, bytes);
+  }
+  return array.begin;
+}
 void* dynamic_shared() { return dynamic_memory.get(); }
 dim1 thread_index() { return {current}; }
 dim1 block_index() { return {block}; }
@@ -174,16 +190,13 @@ static bool run_block(uint32_t& random) {
   }
 }
 
-static void poison(void* memory, size_t bytes) {
-  for (size_t i = 0; i + 4 <= bytes; i += 4) memcpy((char*)memory + i, &POISON, 4);
-}
 static void start_block() {
   warp_barriers.assign((count + 31) / 32, Barrier());
   block_barrier = Barrier();
   for (auto& b : named_barriers) b = Barrier();
   exchanged.assign(2 * count * 8, POISON);
   poison(dynamic_memory.get(), dynamic_bytes);
-  poison(__start_simt_shared, __stop_simt_shared - __start_simt_shared);
+  for (auto& numbered : arrays) poison(numbered.second.begin, numbered.second.bytes);
   for (unsigned i = 0; i < count; i++) {
     Thread& t = threads[i];
     t.done = false, t.exchanges = 0, t.waits_for = nullptr;
@@ -226,6 +239,7 @@ EXPORTED const char* simt_run(void (*kernel)(const void*), const void* arguments
   threads.resize(count);
   stacks.resize(count * STACK);
   if (dynamic_bytes != shared_bytes) dynamic_memory.reset(new char[dynamic_bytes = shared_bytes]);
+  arrays.clear();
   faults.clear();
   given_up = false;
   start_checks((const char*)arguments, argument_bytes, shared_bytes, regions, region_count);
@@ -243,4 +257,9 @@ EXPORTED const char* simt_run(void (*kernel)(const void*), const void* arguments
   for (const auto& one : faults) text += one + "\n";
   return text.c_str();
 }
-EXPORTED unsigned simt_static_bytes() { return __stop_simt_shared - __start_simt_shared; }
+// Of the last kernel that ran.
+EXPORTED unsigned simt_static_bytes() {
+  unsigned bytes = 0;
+  for (const auto& numbered : simt::arrays) bytes += numbered.second.bytes;
+  return bytes;
+}

@@ -9,11 +9,6 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#ifdef __SANITIZE_ADDRESS__
-#define __shared__ static  // where AddressSanitizer guards it
-#else
-#define __shared__ static __attribute__((section("simt_shared")))
-#endif
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
@@ -27,6 +22,7 @@ dim1 thread_index();
 dim1 block_index();
 dim1 block_size();
 void* dynamic_shared();
+void* shared_array(unsigned number, unsigned bytes, unsigned alignment);
 // All lanes leave `count` words and find all lanes' of them, 32 rows of 8.
 const uint32_t (*exchange(const uint32_t* words, unsigned count))[8];
 template <class T> static inline T shuffle(T value, unsigned source) {
@@ -39,6 +35,11 @@ template <class T> static inline T shuffle(T value, unsigned source) {
 }
 static inline unsigned lane() { return thread_index().x & 31; }
 }  // namespace simt
+
+// A declaration of arrays in shared memory is turned into these, one for each array, with a number of its own.
+#define SHARED_ARRAY(number, alignment, type, name, sizes) \
+  typedef type array_##number sizes;                       \
+  array_##number& name = *(array_##number*)simt::shared_array(number, sizeof(array_##number), max<unsigned>(alignment, alignof(type)));
 
 #define threadIdx (simt::thread_index())
 #define blockIdx (simt::block_index())

@@ -38,16 +38,18 @@ static void release(Barrier& barrier) {
 static void acquire(const Barrier& barrier) { join(threads[current].seen, barrier.passed); }
 static void join_copies() { threads[current].seen[count + current]++; }
 
+// Shared memory.
+static void add_space(const char* begin, size_t bytes) {
+  spaces.push_back({begin, begin + bytes, true, true, {}});
+  spaces.back().cells.resize((bytes + 1) / 2);
+}
 static void start_checks(const char* arguments, unsigned argument_bytes, unsigned shared_bytes, const Region* regions, unsigned region_count) {
   spaces.clear();
   pages.clear();
   if (!schedule.checks) return;
-  spaces.push_back({dynamic_memory.get(), dynamic_memory.get() + shared_bytes, true, true, {}});
-  spaces.push_back({__start_simt_shared, __stop_simt_shared, true, true, {}});
+  add_space(dynamic_memory.get(), shared_bytes);
   spaces.push_back({arguments, arguments + argument_bytes, false, false, {}});
   for (unsigned i = 0; i < region_count; i++) spaces.push_back({regions[i].begin, regions[i].end, false, true, {}});
-  for (Space& space : spaces)
-    if (space.shared) space.cells.resize((space.end - space.begin + 1) / 2);
 }
 
 static void race(const char* first, const Access& before, const char* second, const Access& now) {

@@ -137,7 +137,7 @@ FILES = {
     "scan_shared.cuh": [(scan, "windows")],
     "tile_ahead.cuh": [(scan, "whole_pieces")],
     "tile_backward.cu": [(scan, "cross"), (scan, "cross_in_four_rounds"), (scan, "wide_tiles")],
-    "tile_forward.cu": [(scan, "cross_in_five_rounds"), (scan, "whole_pieces"), (scan, "sub_grids")],
+    "tile_forward.cu": [(scan, "cross"), (scan, "cross_in_five_rounds"), (scan, "whole_pieces"), (scan, "sub_grids")],
     "tile_walk.cuh": [(scan, "cross"), (scan, "whole_pieces")],
 }
 
@@ -170,7 +170,12 @@ def faults_of(cases, monkeypatch, **checks):
 
 
 QUICK_BARRIERS = [("pair_backward.cu", 3)]
-KEPT = {}
+# Barriers that can be left out.
+NEEDLESS = {
+    ("dt_products.cu", 0),  # a lane reads the parts of the weight that it wrote itself
+    ("scan_backward.cu", 5),  # what a lane stages next is where it read last; sums have two buffers
+    ("tile_forward.cu", 6),  # no warp comes here early: a direction has as many pieces as warps, or more
+}
 
 
 @pytest.mark.parametrize(
@@ -183,7 +188,7 @@ def test_a_barrier_that_is_left_out_is_noticed(file, number, monkeypatch, tmp_pa
     folder = changed(tmp_path, file, text[: match.start()] + "{}" + text[match.end() :])
     faults = faults_of(FILES[file], monkeypatch, folder=folder)
     print(file, text.count("\n", 0, match.start()) + 1, match[0], "|", faults[:600])
-    assert bool(faults) == ((file, number) not in KEPT)
+    assert bool(faults) == ((file, number) not in NEEDLESS)
 
 
 ENTERING = "(reverse * TILE_CHANNELS + at.column), entering"
