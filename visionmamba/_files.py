@@ -34,6 +34,9 @@ def replacing(path: Path) -> Iterator[Path]:
         if temporary.is_file():
             temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk's error does not say it
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -138,6 +138,19 @@ def test_fine_tuning_with_other_classes_and_a_linear_probe(digits, tmp_path):
     assert saved.in_chans == 1
 
 
+def test_broken_checkpoints_are_named(tmp_path):
+    folder, said = checkpoint.CheckpointFolder(tmp_path, keep=3), []
+    for step in (1, 2):
+        folder.save(step, {"step": step})
+    (tmp_path / "checkpoint-2.pt").write_text("no checkpoint")
+    assert folder.load(said.append) == {"step": 1}
+    assert len(said) == 1
+    assert said[0].startswith(f"{tmp_path / 'checkpoint-2.pt'} cannot be read and is passed over (")
+    (tmp_path / "checkpoint-1.pt").write_bytes((tmp_path / "checkpoint-1.pt").read_bytes()[:200])
+    with pytest.raises(checkpoint.ReadError, match="none of its checkpoints can be read; resume=false starts anew"):
+        folder.load()
+
+
 def test_full_disk(digits, tmp_path, monkeypatch, capsys):
     def save(*_arguments):
         try:

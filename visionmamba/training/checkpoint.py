@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,9 +25,13 @@ from .._text import one_line
 from ..inference import CFG_METADATA_KEY
 from .distributed import World
 
-__all__ = ["CheckpointFolder", "WriteError", "full_state", "load_full_state", "save_weights"]
+__all__ = ["CheckpointFolder", "ReadError", "WriteError", "full_state", "load_full_state", "save_weights"]
 
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")
+
+
+class ReadError(RuntimeError):
+    """A run whose checkpoints are broken; one sentence."""
 
 
 class WriteError(RuntimeError):
@@ -104,15 +110,27 @@ class CheckpointFolder:
             old.unlink(missing_ok=True)
         return path
 
-    def load(self) -> dict[str, Any] | None:
-        """Return the newest checkpoint that can be read, None if there is none; remove what a killed run left."""
+    def load(self, say: Callable[[str], None] = lambda line: None) -> dict[str, Any] | None:
+        """Return the newest checkpoint that can be read, and remove what a killed run left.
+
+        Args:
+            say: Called with a line about each newer one that cannot be read.
+
+        Returns:
+            The state; None if there is no checkpoint.
+
+        Raises:
+            ReadError: There are checkpoints, and none can be read.
+        """
         for rest in self.folder.glob(".*.tmp"):
             rest.unlink(missing_ok=True)
         for path in reversed(self.files()):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except (OSError, RuntimeError, EOFError, ValueError, KeyError):
-                continue
+            except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+                say(f"{path} cannot be read and is passed over ({one_line(error, 200)})")
+        if self.files():
+            raise ReadError(f"{self.folder}: none of its checkpoints can be read; resume=false starts anew")
         return None
 
 

@@ -401,9 +401,10 @@ class Trainer:
         """Go on from the newest checkpoint; return whether there was one.
 
         Raises:
+            ReadError: There are checkpoints, and none can be read.
             TrainingError: It is of another model.
         """
-        state = self.checkpoints.load()
+        state = self.checkpoints.load(self.say)
         if state is None:
             return False
         for name in (*_COUNTERS, "loss_sum", "loss_count"):

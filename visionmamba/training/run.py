@@ -17,7 +17,7 @@ import torch
 from .._text import near_names, one_line
 from ..models._builder import WeightsUnavailableError
 from ..models._checkpoint import CheckpointError
-from .checkpoint import WriteError
+from .checkpoint import ReadError, WriteError
 from .config import ConfigError, TrainConfig, load_config
 from .data import DataError, open_source
 from .distributed import World, join_world, leave_world
@@ -30,6 +30,7 @@ _CLEAR = (
     ConfigError,
     DataError,
     TrainingError,
+    ReadError,
     WriteError,
     WeightsUnavailableError,
     CheckpointError,
