@@ -51,7 +51,8 @@ _PAPER: dict[str, dict[str, Any]] = {
     },
     "induction_heads": {
         "options": {"length": 256}, "curriculum": _lengths(16, 32, 64, 128), "steps": 6000, "batch": 64, "lr": 1e-2,
-        "weight_decay": 0.0, "eps": 1e-20, "stop_at": 1.1,  # what is learnt last is to forget nothing for longer
+        "weight_decay": 0.0, "eps": 1e-20, "label_smoothing": 0.1,
+        "stop_at": 1.1,  # what is learnt last is to forget nothing for longer
     },
     "mqar": {
         "options": {"length": 256, "num_pairs": 64, "vocab_size": 1024},
@@ -61,8 +62,8 @@ _PAPER: dict[str, dict[str, Any]] = {
 _STEP_SIZES = {"induction_heads": {"dt_min": 0.1, "dt_max": 1.0}}
 """Of Mamba at initialisation. With the usual 0.001 to 0.1 a state outlives 256 tokens by itself; with these only once
 the model has learnt to close its gate on ordinary tokens, and then it outlives far more."""
-_LENGTHS = [2**power for power in range(6, 21)]
-"""Lengths that induction heads are tested at; on a CPU up to 256 times the one of training."""
+_LENGTHS = [2**power for power in range(5, 21)]
+"""Lengths that induction heads are tested at, from that of training; on a CPU up to 256 times it."""
 
 
 def _final(model: MambaLMHeadModel, run: TrainingRun) -> dict[str, dict[int, float]]:
@@ -70,7 +71,8 @@ def _final(model: MambaLMHeadModel, run: TrainingRun) -> dict[str, dict[int, flo
     if run.task != "induction_heads":
         return {"length": evaluate_lengths(model, run, [run.options["length"]], 16)}
     results: dict[int, float] = {}
-    for length in _LENGTHS if model.lm_head.weight.is_cuda else _LENGTHS[:9]:
+    trained, longest = run.options["length"], _LENGTHS[-1] if model.lm_head.weight.is_cuda else 0
+    for length in [n for n in _LENGTHS if trained <= n <= max(longest, 256 * trained)]:
         sequences = 128 if length <= 2**16 else 32
         batch = max(1, min(sequences, 2**19 // length))
         results |= evaluate_lengths(model, replace(run, batch=batch), [length], sequences // batch)
@@ -93,6 +95,7 @@ def plot(out: Annotated[Path, typer.Option(help="Folder with the logs.")] = Path
         axis = axes[0, tasks.index(run["task"])]
         label = f"{run['layer']}, N={run['ssm_cfg'].get('d_state', 16)}, seed {run['seed']}, lr {run['lr']:g}"
         label += f", eps {run.get('eps', 1e-8):g}"
+        label += f", smoothing {run['label_smoothing']:g}" if run.get("label_smoothing") else ""
         axis.plot([p["step"] for p in points], [p["accuracy"] for p in points], label=label)
         axis.set(title=run["task"].replace("_", " "), xlabel="step", ylabel="accuracy", ylim=(0, 1.02))
         final = entries[-1].get("length", {})
@@ -107,9 +110,14 @@ def plot(out: Annotated[Path, typer.Option(help="Folder with the logs.")] = Path
     typer.echo(f"wrote {out / 'synthetic.png'}")
 
 
-def _settings(task: str, layer: str, paper: bool, ssm_cfg: dict[str, Any], given: dict[str, Any]) -> TrainingRun:
+def _settings(
+    task: str, layer: str, paper: bool, length: int | None, ssm_cfg: dict[str, Any], given: dict[str, Any]
+) -> TrainingRun:
     """A run from the tables and what the command line says."""
     settings = (_PAPER if paper else _SMALL)[task] | {name: value for name, value in given.items() if value is not None}
+    if length is not None:
+        stages = [stage for stage in settings.get("curriculum", ()) if stage["length"] < length]
+        settings |= {"options": settings["options"] | {"length": length}, "curriculum": stages}
     ssm_cfg = (_STEP_SIZES.get(task, {}) if paper and layer != "S4D" else {}) | ssm_cfg
     defaults = {"eval_every": max(50, settings["steps"] // 200), "stop_at": 0.998}
     return TrainingRun(layer=layer, task=task, ssm_cfg=_SIZES[layer] | ssm_cfg, **(defaults | settings))
@@ -121,10 +129,12 @@ def _command(task: str) -> None:
     def command(
         layer: Annotated[str, typer.Option(help="Mamba1, Mamba2 or S4D.")] = "Mamba1",
         paper: Annotated[bool, typer.Option("--paper", help="The papers' sizes; wants a GPU.")] = False,
+        length: Annotated[int | None, typer.Option(help="Length of the sequences; shorter ones come first.")] = None,
         steps: Annotated[int | None, typer.Option(help="Optimisation steps at most.")] = None,
         lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
         weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
         eps: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+        label_smoothing: Annotated[float | None, typer.Option(help="Share of targets for all tokens.")] = None,
         batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
         d_model: Annotated[int | None, typer.Option(help="Width.")] = None,
         d_state: Annotated[int | None, typer.Option(help="States a channel.")] = None,
@@ -138,11 +148,16 @@ def _command(task: str) -> None:
         resume: Annotated[bool, typer.Option("--resume", help="Keep a checkpoint, and go on from it.")] = False,
         out: Annotated[Path, typer.Option(help="Folder for the log.")] = Path("results/synthetic"),
     ) -> None:
-        given = {"steps": steps, "lr": lr, "weight_decay": weight_decay, "eps": eps, "batch": batch, "d_model": d_model}
+        given = {
+            "steps": steps, "lr": lr, "weight_decay": weight_decay, "eps": eps, "label_smoothing": label_smoothing,
+            "batch": batch, "d_model": d_model,
+        }  # fmt: skip
         ssm_cfg = {} if d_state is None else {"d_state": d_state}
         ssm_cfg |= {} if dt is None else {"dt_min": dt[0], "dt_max": dt[1], "dt_init_floor": dt[0]}
-        run = _settings(task, layer, paper, ssm_cfg, given | {"seed": seed, "stop_at": stop_at, "dtype": dtype})
-        varied = {"N": d_state, "dt": dt and dt[1], "lr": lr, "eps": eps, "seed": seed or None}
+        given |= {"seed": seed, "stop_at": stop_at, "dtype": dtype}
+        run = _settings(task, layer, paper, length, ssm_cfg, given)
+        varied = {"L": length, "N": d_state, "dt": dt and dt[1], "lr": lr, "eps": eps, "smoothing": label_smoothing}
+        varied |= {"seed": seed or None}
         name = "_".join([task, layer, *(f"{key}{value:g}" for key, value in varied.items() if value is not None)])
         log, checkpoint = out / f"{name}.jsonl", out / f"{name}.pt" if resume else None
         model, _ = train(run, device, log, lambda entry: typer.echo(json.dumps(entry)), graph, seconds, checkpoint)

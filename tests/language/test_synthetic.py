@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from visionmamba.language import training
 from visionmamba.language.synthetic import IGNORE, TASKS, accuracy, task
 from visionmamba.language.training import Trainer, TrainingRun, create_model, evaluate, parameter_groups, train
 
@@ -124,6 +125,16 @@ def test_a_small_eps_learns_from_vanishing_gradients(eps, least, most):
     assert least < (weight.detach() - before).abs().max() < most
 
 
+@pytest.mark.parametrize("smoothing, least, most", [(0.0, 0.0, 1e-9), (0.1, 1e-3, 1.0)])
+def test_smoothed_labels_keep_asking_of_certain_answers(smoothing, least, most, monkeypatch):
+    trainer = Trainer(replace(_STAGES, label_smoothing=smoothing))
+    inputs, places, answers = next(trainer._data)
+    certain = (40.0 * torch.nn.functional.one_hot(answers, 16)).requires_grad_()
+    monkeypatch.setattr(training, "_asked_logits", lambda *_: certain)
+    trainer._optimise(inputs, places, answers)
+    assert least < certain.grad.abs().max() < most
+
+
 def test_resumed_run_equals_a_whole_one(tmp_path):
     run = replace(_STAGES, options={"length": 8, "num_tokens": 2}, curriculum=({"length": 4},))
     whole, entries = train(run)
@@ -156,19 +167,23 @@ def test_selective_copying_needs_selection():
     assert evaluate(model, run, batches=16) < 0.85
 
 
-# Mamba at four times the length: 0.96 or more with each of the seeds 0 to 4; at eight times 0.94 with 0 to 2
 _INDUCTION = TrainingRun(
     task="induction_heads", options={"length": 16, "vocab_size": 8}, d_model=32, batch=32, steps=800, lr=5e-3,
     weight_decay=0.0, stop_at=0.99,
 )  # fmt: skip
+# The recipe of tools/train_synthetic.py: 0.99 or more at 256, and 0.96 at 1,024, with each of the seeds 0 to 4
+_HOLDING = replace(
+    _INDUCTION, steps=500, lr=1e-2, eps=1e-20, label_smoothing=0.1, stop_at=1.1, ssm_cfg={"dt_min": 0.1, "dt_max": 1.0}
+)
 
 
 def test_induction_heads_need_selection():
-    """Trained at length 16, Mamba recalls at 64 and 128; an LTI S4D of its size learns the length, not the rule."""
-    mamba, _ = train(_INDUCTION)
+    """Trained at length 16, Mamba recalls at 256; an LTI S4D of its size learns the length, not the rule."""
+    mamba, _ = train(_HOLDING)
     s4d, _ = train(replace(_INDUCTION, **_SAME_SIZE))
     sizes = [sum(p.numel() for p in model.parameters()) for model in (mamba, s4d)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.2)
-    for length in (64, 128):
-        assert evaluate(mamba, _INDUCTION, batches=8, length=length) > 0.9
+    assert evaluate(s4d, _INDUCTION, batches=8) > 0.95
+    for length in (64, 256):
+        assert evaluate(mamba, _INDUCTION, batches=8, length=length) > 0.95
         assert evaluate(s4d, _INDUCTION, batches=8, length=length) < 0.4

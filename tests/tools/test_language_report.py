@@ -38,6 +38,10 @@ def test_page(tmp_path):
     counts = {"passed": 6480, "skipped": 3888}
     _write(folder, "upstream.json", packages=["a==1", "b==2"], totals=counts, tests={"test_a.py::test_b": counts})
 
+    ends = {str(32 * times): 1.0 if times < 256 else 0.281 for times in (1, 4, 16, 64, 256)}
+    reduced = {"length": 32, "steps": 2500, "label_smoothing": 0.1, "seed": 2, "accuracy": ends}
+    _write(folder, "reduced.json", sequences="8 sequences each", runs=[reduced], environment={"torch": "2.15"})
+
     language_report.main(folder)
     page = (tmp_path / "language.md").read_text()
     assert "| 128, 196, 12, 64, 64 | 0.450 | 0.90 | 2.0 | 4.070 | 4.07 | 1.0 |" in page
@@ -46,4 +50,5 @@ def test_page(tmp_path):
     assert "| 16 | 0.1 | 1 | 0.01 | 1e-08 |" in page
     assert "67,008 | 3,000 | 42 | 256: 100.0 %, 65,536: 97.7 % |" in page
     assert "| `test_a.py::test_b` | 6,480 | 0 | 0 | 0 | 3,888 |" in page
+    assert "| 32 | 2,500 | 0.1 | 2 |" + 4 * " 100.0 % |" + " 28.1 % |" in page
     assert "Decoding" not in page

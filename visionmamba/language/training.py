@@ -47,6 +47,9 @@ class TrainingRun:
         weight_decay: Of AdamW; not applied to state matrices, step sizes, norms and biases.
         eps: Of AdamW. Once every answer is right gradients are far below the usual 1e-8, which then ends learning; a
             smaller one keeps the steps at the learning rate's size.
+        label_smoothing: Probability that the targets give to all tokens alike. The loss is then least where the
+            answer's logit has one margin at every distance, so it goes on asking for memory after every answer is
+            right; without it logits grow until the gradient is exactly 0, whatever the memory.
         seed: Of the weights and the data.
         stop_at: Stop when the accuracy of fresh batches reaches this three evaluations in a row.
         eval_every: Steps between evaluations.
@@ -67,6 +70,7 @@ class TrainingRun:
     warmup: float = 0.05
     weight_decay: float = 0.1
     eps: float = 1e-8
+    label_smoothing: float = 0.0
     seed: int = 0
     stop_at: float = 1.1
     eval_every: int = 100
@@ -180,7 +184,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, getattr(torch, self.run.dtype), enabled=self.run.dtype != "float32"):
             logits = _asked_logits(self.model, inputs, places)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten())
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), answers.flatten(), label_smoothing=self.run.label_smoothing
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
