@@ -48,7 +48,7 @@ def _kill_and_go_on(digits, tmp_path, kills, **changes):
         after = chance.randint(1, max(1, 2 * steps // (kills + 3))), chance.randint(1, TWO_STEPS)
         assert statuses(start(dict(config, out=str(killed)), kill_after=after)) == [-signal.SIGKILL]
         if kill == 0:  # the later ones may find little or nothing left to do
-            assert not (killed / "last.safetensors").exists()
+            assert not (killed / f"checkpoint-{steps}.pt").exists()
     finish(start(dict(config, out=str(killed))))
     _same(killed, whole)
     assert len(list(killed.glob("checkpoint-*.pt"))) == 2
