@@ -24,6 +24,11 @@ FAMILIES = (
 OPERATORS = "visionmamba::"
 
 
+standard_operators = pytest.mark.skipif(
+    torch.__version__ < exporter._STANDARD_TORCH, reason=f"needs PyTorch {exporter._STANDARD_TORCH}"
+)
+
+
 def _needs(format):
     missing = missing_requirement(format)
     if missing:
@@ -141,6 +146,7 @@ class _Ops(torch.nn.Module):
         return torch.cat([y.flatten(1), last.flatten(1), conv_state.flatten(1)], dim=1)
 
 
+@standard_operators
 @pytest.mark.parametrize(
     ("path", "grid", "options"),
     [
@@ -183,6 +189,7 @@ class _Ssd(torch.nn.Module):
         return torch.cat([y.flatten(1), last.flatten(1)], dim=1)
 
 
+@standard_operators
 @pytest.mark.parametrize("merge", [True, False])
 def test_standard_ssd_equals_the_operator(merge):
     from visionmamba.export.standard_ops import standard_ops
@@ -206,6 +213,7 @@ class _TwoSsd(torch.nn.Module):
         return torch.cat([self.one(x), self.two(x)], dim=1)
 
 
+@standard_operators
 def test_the_loops_of_different_layers_take_no_numbers(tmp_path):
     from visionmamba.export.standard_ops import standard_ops
 

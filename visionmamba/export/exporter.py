@@ -22,6 +22,7 @@ __all__ = ["FORMATS", "ExportError", "Mismatch", "compare_with_eager", "export_m
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".aoti.pt2"}
 """Formats and their files' suffixes. ``pt2`` keeps this package's operators; the other two need nothing of it."""
 
+_STANDARD_TORCH = "2.15"  # 2.10 to 2.12 were seen to refuse a scan in a decomposition; 2.13 and 2.14 are untried
 _EXAMPLE_BATCH = 2  # torch.export takes a batch of one for a constant
 
 
@@ -42,6 +43,8 @@ def missing_requirement(format: str) -> str | None:
     Returns:
         One sentence, or None if nothing is missing.
     """
+    if format in ("onnx", "aoti") and torch.__version__ < _STANDARD_TORCH:
+        return f"{format} needs PyTorch {_STANDARD_TORCH} or newer, got {torch.__version__}"
     if format == "onnx":
         absent = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
         if absent:
