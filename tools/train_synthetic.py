@@ -79,6 +79,15 @@ def _final(model: MambaLMHeadModel, run: TrainingRun) -> dict[str, dict[int, flo
     return {"length": results}
 
 
+def _label(run: dict[str, Any]) -> str:
+    """What sets a run apart from the others of its task."""
+    label = f"{run['layer']}, N={run['ssm_cfg'].get('d_state', 16)}"
+    if "dt_max" in run["ssm_cfg"]:
+        label += f", step sizes to {run['ssm_cfg']['dt_max']:g}"
+    label += f", smoothing {run['label_smoothing']:g}" if run.get("label_smoothing") else ""
+    return f"{label}, seed {run['seed']}"
+
+
 @app.command(name="plot")
 def plot(out: Annotated[Path, typer.Option(help="Folder with the logs.")] = Path("results/synthetic")) -> None:
     """Draw accuracy against steps of every log in a folder, and accuracy against length where there is one."""
@@ -89,22 +98,22 @@ def plot(out: Annotated[Path, typer.Option(help="Folder with the logs.")] = Path
     }
     tasks = sorted({entries[0]["run"]["task"] for entries in logs.values()})
     panels = len(tasks) + ("induction_heads" in tasks)
-    figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 3.4), squeeze=False)
+    figure, grid = plt.subplots(-(-panels // 2), min(panels, 2), figsize=(12, 4.2 * -(-panels // 2)), squeeze=False)
+    axes = grid.flatten()
+    for axis in axes[panels:]:
+        axis.remove()
     for entries in logs.values():
         run, points = entries[0]["run"], [entry for entry in entries if "step" in entry]
-        axis = axes[0, tasks.index(run["task"])]
-        label = f"{run['layer']}, N={run['ssm_cfg'].get('d_state', 16)}, seed {run['seed']}, lr {run['lr']:g}"
-        label += f", eps {run.get('eps', 1e-8):g}"
-        label += f", smoothing {run['label_smoothing']:g}" if run.get("label_smoothing") else ""
+        axis, label = axes[tasks.index(run["task"])], _label(run)
         axis.plot([p["step"] for p in points], [p["accuracy"] for p in points], label=label)
         axis.set(title=run["task"].replace("_", " "), xlabel="step", ylabel="accuracy", ylim=(0, 1.02))
         final = entries[-1].get("length", {})
         if len(final) > 1:
-            axes[0, -1].plot([int(n) for n in final], list(final.values()), marker="o", label=label)
-            axes[0, -1].set(title="induction heads: length", xlabel="test length", ylim=(0, 1.02))
-            axes[0, -1].set_xscale("log", base=2)
-    for axis in axes[0]:
-        axis.legend(fontsize=5)
+            axes[panels - 1].plot([int(n) for n in final], list(final.values()), marker="o", label=label)
+            axes[panels - 1].set(title="induction heads: length", xlabel="test length", ylim=(0, 1.02))
+            axes[panels - 1].set_xscale("log", base=2)
+    for axis in axes[:panels]:
+        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(out / "synthetic.png", dpi=120)
     typer.echo(f"wrote {out / 'synthetic.png'}")

@@ -47,7 +47,7 @@ def test_page(tmp_path):
     assert "| 128, 196, 12, 64, 64 | 0.450 | 0.90 | 2.0 | 4.070 | 4.07 | 1.0 |" in page
     assert "at most 2.0e-03" in page and "commit 0123456789ab." in page
     assert "| 2,048 | 3.0 | 9.0 | 1,234 |" in page
-    assert "| 16 | 0.1 | 1 | 0.01 | 1e-08 |" in page
+    assert "| 16 | 0.1 | 1 | 0 | 0.01 | 1e-08 |" in page
     assert "67,008 | 3,000 | 42 | 256: 100.0 %, 65,536: 97.7 % |" in page
     assert "| `test_a.py::test_b` | 6,480 | 0 | 0 | 0 | 3,888 |" in page
     assert "| 32 | 2,500 | 0.1 | 2 |" + 4 * " 100.0 % |" + " 28.1 % |" in page
