@@ -56,7 +56,8 @@ struct Seat {
   bool ok;
   __device__ __forceinline__ Seat(const TileArgs& p) {
     b = blockIdx.x / p.tiles; tile = blockIdx.x % p.tiles;
-    lane = threadIdx.x & 31; warp = threadIdx.x >> 5;
+    lane = threadIdx.x & 31;
+    warp = __shfl_sync(FULL_WARP, (int)(threadIdx.x >> 5), 0);  // which tells the compiler that a warp's places are one value
     chunk = lane / LANES;
     column = (lane % LANES) * VEC;
     ok = tile * TILE_CHANNELS + column < p.channels;
