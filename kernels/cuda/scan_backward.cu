@@ -14,13 +14,30 @@ static_assert(EVERY_WINDOW || CHECKPOINTS == 1, "checkpoints are of windows or o
 
 // GATE 1: directions share the gates, and the parts of their gradient are float32 and merged by a second kernel; 2: a gate
 // has one direction, whose gradient is written here. The struct itself is aligned to 4 bytes: lanes see it from an offset.
+//
+// A sum over a channel's states is left by the lanes that share them, each in a plane of its own (with a row to spare, which
+// puts two planes on different banks), and added up in the staging layout: cheaper than exchanges among lanes.
+constexpr int FINISHED = STEPS * ROW_LANES % 32 == 0 ? 1 : WINDOWS;  // windows that are finished together: whole rows of all lanes
+constexpr int PLANE = (FINISHED * STEPS + 1) * CHANNELS;
 struct BackwardShared {
   float x[TILE_STEPS * CHANNELS], u[TILE_STEPS * CHANNELS], dy[TILE_STEPS * CHANNELS], slope[TILE_STEPS * CHANNELS];
 #if GATE
-  float y[TILE_STEPS * CHANNELS], dgate[TILE_STEPS * CHANNELS];  // the ungated output; the output's gradient times silu'(z)
+  float y[STATE_LANES * PLANE], dgate[TILE_STEPS * CHANNELS];  // the ungated output; the output's gradient times silu'(z)
 #endif
-  float through[2 * TILE_STEPS * CHANNELS], B[TILE_STEPS * N], C[TILE_STEPS * N];  // through: from B, then from A
+  float from_B[STATE_LANES * PLANE], from_A[STATE_LANES * PLANE], B[TILE_STEPS * N], C[TILE_STEPS * N];
 };
+
+// A value of the staging layout, from the planes of the lanes that share it.
+__device__ __forceinline__ void add_planes(const float* from, float total[VEC]) {
+  load_floats<VEC>(from, total);
+#pragma unroll
+  for (int q = 1; q < STATE_LANES; q++) {
+    float part[VEC];
+    load_floats<VEC>(from + q * PLANE, part);
+#pragma unroll
+    for (int v = 0; v < VEC; v++) total[v] += part[v];
+  }
+}
 
 // Hides from the compiler where a value comes from, so that it keeps it in a register instead of computing it again.
 __device__ __forceinline__ void keep_in_register(int& value) {
@@ -143,16 +160,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
     raw_z.load(z, p.z_l, at, rows);
 #endif
   };
-  // Where a lane leaves its sums: those through B and A of a step, dB and dC of BATCH steps, y.
-  const int kept = kept_by<2 * CPT, STATE_LANES, CHANNEL_LANES>(at.lane);
-  BackwardShared& through_to = seen_from(shared, base + 4 * (kept / CPT * (TILE_STEPS * CHANNELS) + at.c * CPT + kept % CPT));
+  // Where a lane leaves its sums: those over states, and dB and dC of BATCH steps.
+  BackwardShared& left = seen_from(shared, base + 4 * (at.q * PLANE + at.c * CPT));
   constexpr int M = BATCH * 2 * SPT, LEFT = M > CHANNEL_LANES ? M / CHANNEL_LANES : 1, REPEATS = CHANNEL_LANES > M ? CHANNEL_LANES / M : 1;
   const int first_sum = kept_by<M, CHANNEL_LANES, 1>(at.lane);
   int sums_at = at.warp * (TILE_STEPS * 2 * N) + first_sum / SPT * N + at.q * SPT + first_sum % SPT;
   keep_in_register(sums_at);
-#if GATE
-  BackwardShared& y_to = seen_from(shared, base + 4 * output_offset(at));
-#endif
 
   const int last_first = at.first_step + (groups - 1) * TILE_STEPS;
   tokens = load_tokens(p, at, last_first);
@@ -209,6 +222,45 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
         for (int t = 1; t < STEPS; t++) advance<false>(channels, states, w * STEPS + t, a2, starts[w + 1], starts[w + 1], nullptr);
       }
     }
+    // Row i of a lane, once all lanes have left their sums.
+    auto finish = [&](int i) {
+      const int t = at.staged_step(i), token = __shfl_sync(FULL_WARP, current, t), from = i * (32 / ROW_LANES) * CHANNELS;
+      const int plane = from % (FINISHED * STEPS * CHANNELS);
+      const bool valid = ok && token >= 0;
+      float x[VEC], f[VEC], g[VEC], slope[VEC], from_B[VEC], from_A[VEC];
+      load_floats<VEC>(staged.x + from, x);
+      load_floats<VEC>(staged.u + from, f);
+      load_floats<VEC>(staged.dy + from, g);
+      load_floats<VEC>(staged.slope + from, slope);
+      add_planes(staged.from_B + plane, from_B);
+      add_planes(staged.from_A + plane, from_A);
+#if GATE
+      float y[VEC], dz[VEC];
+      add_planes(staged.y + plane, y);
+      load_floats<VEC>(staged.dgate + from, dz);
+#pragma unroll
+      for (int v = 0; v < VEC; v++) dz[v] *= y[v] + skip[v] * f[v];
+#if GATE == 2
+      if (valid) store_act<VEC>(row_of((act_t*)p.y + dz_offset, token, p.y_l), dz);
+#else
+      if (valid) store_floats<VEC>(row_of((float*)p.y + dz_offset, token, p.y_l), dz);
+#endif
+#endif
+#pragma unroll
+      for (int v = 0; v < VEC; v++) {
+        f[v] = (DECAY_UNSCALE * from_A[v] + from_B[v] * f[v]) * slope[v];
+        g[v] = from_B[v] * x[v] + skip[v] * g[v];
+        if (token >= 0) dbias[v] += f[v];
+      }
+      if (valid) {
+#if PARTIAL
+        store_floats<VEC>(row_of((float*)p.du + du_offset, token, p.du_l), g);
+#else
+        store_act<VEC>(row_of((act_t*)p.du + du_offset, token, p.du_l), g);
+#endif
+        store_delta<VEC>(row_of(ddelta, STEP_ORDER ? first + t : token, p.K * p.D_ * (int)sizeof(delta_t)), f);
+      }
+    };
 #pragma unroll
     for (int w = WINDOWS - 1; w >= 0; w--) {
       float visited[STEPS + 1][CPT][SPT], a[STEPS][CPT][SPT];  // the states of the window, and its decays
@@ -219,6 +271,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
 #pragma unroll
       for (int t = 0; t < STEPS; t++) advance<true>(channels, states, w * STEPS + t, a2, visited[t], visited[t + 1], a[t]);
       float shared_sums[M];  // dB and dC of BATCH steps, of this lane's channels
+      if (w + 1 < WINDOWS && (w + 1) % FINISHED == 0) __syncwarp();  // the sums of the window after are taken
 #pragma unroll
       for (int t = STEPS - 1; t >= 0; t--) {
         const int step = w * STEPS + t;
@@ -256,14 +309,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
 #pragma unroll
           for (int j = 0; j < SPT; j++) y[i] += cc[j] * visited[t + 1][i][j];
         }
-        store_output(y_to.y, at, 0, step, y);
+        store_floats<CPT>(left.y + step % (FINISHED * STEPS) * CHANNELS, y);
 #endif
-        reduce_over_lanes<2 * CPT, STATE_LANES, CHANNEL_LANES>(through, at.lane);
-        constexpr int KEPT = 2 * CPT > STATE_LANES ? 2 * CPT / STATE_LANES : 1, COPIES = STATE_LANES > 2 * CPT ? STATE_LANES / (2 * CPT) : 1;
-        if (at.q % COPIES == 0) {
-#pragma unroll
-          for (int i = 0; i < KEPT; i++) through_to.through[i / CPT * (TILE_STEPS * CHANNELS) + step * CHANNELS + i % CPT] = through[i];
-        }
+        store_floats<CPT>(left.from_B + step % (FINISHED * STEPS) * CHANNELS, through);
+        store_floats<CPT>(left.from_A + step % (FINISHED * STEPS) * CHANNELS, through + CPT);
         if (t % BATCH == 0) {
           reduce_over_lanes<M, CHANNEL_LANES, 1>(shared_sums, at.lane);
           if (at.c % REPEATS == 0) {
@@ -272,45 +321,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) scan_backwa
           }
         }
       }
-    }
-    if (group > 0) restore_group();  // long before it is needed
-    __syncwarp();
+      if (w == 0 && group > 0) restore_group();  // long before it is needed
+      if (w % FINISHED == 0) {
+        __syncwarp();
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-      const int t = at.staged_step(i), token = __shfl_sync(FULL_WARP, current, t), from = i * (32 / ROW_LANES) * CHANNELS;
-      const bool valid = ok && token >= 0;
-      float x[VEC], f[VEC], g[VEC], slope[VEC], from_B[VEC], from_A[VEC];
-      load_floats<VEC>(staged.x + from, x);
-      load_floats<VEC>(staged.u + from, f);
-      load_floats<VEC>(staged.dy + from, g);
-      load_floats<VEC>(staged.slope + from, slope);
-      load_floats<VEC>(staged.through + from, from_B);
-      load_floats<VEC>(staged.through + TILE_STEPS * CHANNELS + from, from_A);
-#if GATE
-      float y[VEC], dz[VEC];
-      load_floats<VEC>(staged.y + from, y);
-      load_floats<VEC>(staged.dgate + from, dz);
-#pragma unroll
-      for (int v = 0; v < VEC; v++) dz[v] *= y[v] + skip[v] * f[v];
-#if GATE == 2
-      if (valid) store_act<VEC>(row_of((act_t*)p.y + dz_offset, token, p.y_l), dz);
-#else
-      if (valid) store_floats<VEC>(row_of((float*)p.y + dz_offset, token, p.y_l), dz);
-#endif
-#endif
-#pragma unroll
-      for (int v = 0; v < VEC; v++) {
-        f[v] = (DECAY_UNSCALE * from_A[v] + from_B[v] * f[v]) * slope[v];
-        g[v] = from_B[v] * x[v] + skip[v] * g[v];
-        if (token >= 0) dbias[v] += f[v];
-      }
-      if (valid) {
-#if PARTIAL
-        store_floats<VEC>(row_of((float*)p.du + du_offset, token, p.du_l), g);
-#else
-        store_act<VEC>(row_of((act_t*)p.du + du_offset, token, p.du_l), g);
-#endif
-        store_delta<VEC>(row_of(ddelta, STEP_ORDER ? first + t : token, p.K * p.D_ * (int)sizeof(delta_t)), f);
+        for (int i = w * PER_LANE / WINDOWS; i < (w + FINISHED) * PER_LANE / WINDOWS; i++) finish(i);
       }
     }
     // dB and dC over the block's warps, in a fixed order.

@@ -45,7 +45,10 @@ def specialisations(architecture="sm_90"):
                     quick = states in (1, 16) and dtype == BF16 and "partial" in options
                     macros = scan_macros(states, dtype, kind, architecture=architecture, **options)
                     found.append((f"scan_{kind}.cu", macros, quick))
-            for which in range(1, len(scan.tilings_for(kind, states, architecture, True))):
+            tilings = scan.tilings_for(kind, states, architecture, True)
+            for which in range(1, len(tilings)):
+                if any(tiling.warps_wanted == 0 for tiling in tilings[:which]):
+                    continue  # one before it is always taken
                 macros = scan_macros(states, BF16, kind, which, architecture=architecture, gate=1)
                 found.append((f"scan_{kind}.cu", macros, False))
         for gate in (0, 1):

@@ -60,8 +60,8 @@ class Tiling:
 
 
 # By states (a power of two): the first tiling that gives every multiprocessor the warps it wants; where none does, the
-# first. With fewer than _WARPS_WANTED a multiprocessor the path is cut into chunks. Three warps where four would need
-# more than 48 KiB of shared memory.
+# first. With fewer than _WARPS_WANTED a multiprocessor the path is cut into chunks. Two or three warps where more would
+# need more than 48 KiB of shared memory.
 _FORWARD_TILINGS = {
     1: [Tiling(1, 2, 8, 1, 3), Tiling(1, 1, 8, 1, 4)],
     2: [Tiling(2, 2, 8, 1, 3), Tiling(2, 1, 8, 1, 4)],
@@ -78,7 +78,7 @@ _BACKWARD_TILINGS = {
     8: [Tiling(4, 2, 4, 2, 4, 3, 6, True)],
     16: [Tiling(4, 2, 4, 2, 4, 3, 12, True), Tiling(4, 2, 4, 2, 4, 2, 6, True), Tiling(4, 2, 4, 2, 4, 3, 0, True)],
     32: [Tiling(8, 1, 4, 2, 4)],
-    64: [Tiling(8, 2, 2, 4, 3)],
+    64: [Tiling(8, 2, 2, 4, 2)],
 }
 _GATED_BACKWARD_TILINGS = {  # before the others where there is a gate, which takes shared memory and registers
     1: [Tiling(1, 1, 16, 1, 2, 1, 0)],
