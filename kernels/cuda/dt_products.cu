@@ -3,7 +3,8 @@
 //
 // A float32 factor is the sum of three bfloat16 parts, whose products are exact and are summed in float32: nothing is lost
 // that a float32 product would keep. A warp owns 16 TILES channels of a direction and walks over tokens, 16 at a time.
-// Macros: ACT (1, 2), RANK, TILES, WARPS, X_PAIRS (two neighbouring values of x are one aligned access).
+// Macros: ACT (1, 2), RANK, TILES, WARPS, X_PAIRS (two neighbouring values of x are one aligned access), AHEAD (the backward
+// copies the next step's gradient to shared memory while it works on one).
 #include "common.cuh"
 
 // c += a b; a is 16 x 16, b 16 x 8, c 16 x 8. Lane 4 g + q holds of a rows g and g + 8, columns 2 q, 2 q + 1 and those plus 8;
@@ -179,11 +180,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dt_backward(const __gri
 #pragma unroll
         for (int i = 0; i < 4; i++) dweight[t][n][i] += recent[t][n][i], recent[t][n][i] = 0.f;
   };
+  // A lane's own four channels of its tokens: a step's gradient as read, or as copied while the step before was at work.
+  float* ahead = sums + 2 * WARPS * SUMS + (at.warp * TILES * 2 * 32 + at.lane) * 4;
+  auto present = [&](int64 token, int t) { return token < at.end && at.channel + t * 16 + at.q * 4 < p.D; };
+  auto copy = [&](int64 row) {
+#if AHEAD
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int64 token = row + at.g + 8 * i;
+        if (present(token, t)) copy_16(ahead + (t * 2 + i) * 128, from + token * stride + t * 16);
+      }
+#endif
+  };
+  copy(at.first);
   int step = 0;
   for (int64 row = at.first; row < at.end; row += TOKENS, step++) {
     const int buffer = step & 1;
     if (step % FLUSH == 0) flush();
     float gradient[TILES][2][4];
+#if AHEAD
+    wait_for_copies();
+#endif
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -191,8 +210,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dt_backward(const __gri
         const int64 token = row + at.g + 8 * i;
 #pragma unroll
         for (int v = 0; v < 4; v++) gradient[t][i][v] = 0.f;
-        if (token < at.end && at.channel + t * 16 + at.q * 4 < p.D) load_floats<4>(from + token * stride + t * 16, gradient[t][i]);
+        if (present(token, t)) load_floats<4>(AHEAD ? ahead + (t * 2 + i) * 128 : from + token * stride + t * 16, gradient[t][i]);
       }
+    copy(row + TOKENS);
     uint32 x[R_TILES][X_PARTS][2];  // as b of a product: tokens by values
 #pragma unroll
     for (int n = 0; n < R_TILES; n++)

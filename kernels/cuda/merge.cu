@@ -90,13 +90,13 @@ struct RowsArgs {
 };
 
 // Column sums, in a fixed order. The parts of a column may cancel, so that the sum is kept to twice float32's digits.
-extern "C" __global__ void __launch_bounds__(256) reduce_rows(const __grid_constant__ RowsArgs p) {
+extern "C" __global__ void __launch_bounds__(256, 2) reduce_rows(const __grid_constant__ RowsArgs p) {
   __shared__ float sums[8][32], losses[8][32];
   const int lane = threadIdx.x & 31, part = threadIdx.x >> 5;
   const int64 column = (int64)blockIdx.x * 32 + lane;
   float sum = 0.f, lost = 0.f;
   if (column < p.width)
-#pragma unroll 4
+#pragma unroll 16
     for (int64 row = part; row < p.rows; row += 8) add_exactly(sum, lost, p.partial[row * p.width + column]);
   sums[part][lane] = sum;
   losses[part][lane] = lost;

@@ -135,9 +135,9 @@ def test_step_sizes(dtype, monkeypatch):
     low, gradient = torch.randn(IMAGES, 64, 2, 6).to(dtype), torch.randn(IMAGES, 64, 2, 96)
 
     def work(low, gradient):
-        call = steps._Projection(low, weight)
+        call = steps._Projection("dt_backward", low, weight)
         dx, dweight = call.empty(call.tiles, *low.shape), call.empty(call.chunks, *weight.shape)
-        call.run("dt_backward", gradient, dx, dweight)
+        call.run(gradient, dx, dweight)
         return steps.expand_delta(low, weight), dx[0]
 
     batch = batch_of(64 * 2 * 96)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import timm.layers
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from ..ops.gelu_linear import gelu_linear
 from .fusion import fuses, unwatched
@@ -29,22 +30,24 @@ class Mlp(timm.layers.Mlp):
     @torch.jit.unused
     def _joins(self, x: torch.Tensor) -> bool:
         """Whether the activation and the second layer are one operator."""
-        if not torch.is_grad_enabled() or type(self.fc2) is not nn.Linear or not _is_gelu(self.act):
+        linear = type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear
+        if not torch.is_grad_enabled() or not linear or not _is_gelu(self.act):
             return False
         dropped = self.training and self.drop1.p > 0
         if dropped or not isinstance(self.norm, nn.Identity):
             return False
-        return unwatched(self.act, self.drop1, self.norm, self.fc2) and fuses(x, compiled=False)
+        return unwatched(self.fc1, self.act, self.drop1, self.norm, self.fc2) and fuses(x, compiled=False)
 
     @torch.jit.unused
     def _joined(self, x: torch.Tensor) -> torch.Tensor:
-        return gelu_linear(x, self.fc2.weight, self.fc2.bias)
+        bias = self.fc1.bias  # its gradient is a sum that the next operator has at hand
+        x = F.linear(x, self.fc1.weight, None if bias is None else bias.detach())
+        return gelu_linear(x, self.fc2.weight, self.fc2.bias, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Transform ``(..., C)``."""
-        x = self.fc1(x)
         if not torch.jit.is_scripting():
             if self._joins(x):
                 return self.drop2(self._joined(x))
-        x = self.norm(self.drop1(self.act(x)))
+        x = self.norm(self.drop1(self.act(self.fc1(x))))
         return self.drop2(self.fc2(x))

@@ -18,81 +18,99 @@ from ._autocast import autocast_activations
 from ._block_products import weight_gradient
 from .backend import Implementation, register_implementation, select
 from .cuda_runtime import Arguments, pointer
-from .selective_scan.cuda_call import ACT
+from .selective_scan.cuda_call import ACT, sum_rows
 
 __all__ = ["gelu_linear"]
 
+_BLOCKS_WANTED = 4  # a multiprocessor
 
-def recompute(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Return GELU(x) and the gradient of x for a gradient dy of it."""
-    return F.gelu(x), torch.ops.aten.gelu_backward(dy, x)
+
+def recompute(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return GELU(x) of rows, the gradient of x for a gradient dy of it, and that gradient's sum over the rows."""
+    dx = torch.ops.aten.gelu_backward(dy, x)
+    return F.gelu(x), dx, column_sums(dx)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Return the sum of rows, in float32 at least."""
+    return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def macros(dtype: torch.dtype, vec: int) -> dict[str, int]:
     """Return the macros of a specialisation of ``kernels/cuda/activation.cu``."""
-    return {"ACT": ACT[dtype], "VEC": vec}
+    return {"ACT": ACT[dtype], "VEC": vec, "AHEAD": 4}
 
 
-def recompute_on_gpu(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def _run(name: str, x: Tensor, dy: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Launch a kernel over rows; return what it computes of them, and the sums of columns."""
+    (rows, columns), launcher = x.shape, cuda_runtime.launcher(x.device)
+    y, dx = (None, None) if dy is None else (torch.empty_like(x), torch.empty_like(x))
+    aligned = all(t is None or t.data_ptr() % (4 * t.element_size()) == 0 for t in (x, dy, y, dx))
+    vec = 4 if aligned and columns % 4 == 0 else 1
+    tiles = -(-columns // (32 * vec))
+    parts = max(1, min(-(-rows // 8), _BLOCKS_WANTED * launcher.multiprocessors // tiles))
+    sums = torch.empty((parts, columns), device=x.device)
+    arguments = Arguments((*map(pointer, (x, dy, y, dx, sums)), rows), (columns, tiles, parts, 0))
+    launcher.run("activation.cu", name, macros(x.dtype, vec), tiles * parts, 256, arguments)
+    return y, dx, sum_rows(launcher, sums, x.dtype, (columns,))[0]
+
+
+def recompute_on_gpu(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Do what :func:`recompute` does, in one pass over memory."""
-    x, dy = x.contiguous(), dy.contiguous()
-    y, dx = torch.empty_like(x), torch.empty_like(x)
-    tensors = (x, dy, y, dx)
-    aligned = all(t.data_ptr() % (4 * t.element_size()) == 0 for t in tensors)
-    vec = 4 if aligned and x.numel() % 4 == 0 else 1
-    count = x.numel() // vec
-    launcher = cuda_runtime.launcher(x.device)
-    arguments = Arguments((*map(pointer, tensors), count), ())
-    launcher.run("activation.cu", "gelu_recompute", macros(x.dtype, vec), -(-count // 256), 256, arguments)
-    return y, dx
+    return _run("gelu_recompute", x.contiguous(), dy.contiguous())
+
+
+def column_sums_on_gpu(x: Tensor) -> Tensor:
+    """Do what :func:`column_sums` does."""
+    return _run("column_sums", x.contiguous())[2]
 
 
 def _supports(x: Tensor, *_others) -> str | None:
     return None if x.dtype in ACT else f"takes float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
 
 
-register_implementation(Implementation("gelu_linear", "torch", (), recompute))
+register_implementation(Implementation("gelu_linear", "torch", (), recompute, column_sums))
 register_implementation(
     Implementation(
-        "gelu_linear", "cuda", ("cuda",), recompute_on_gpu, None, cuda_runtime.usable, _supports,
+        "gelu_linear", "cuda", ("cuda",), recompute_on_gpu, column_sums_on_gpu, cuda_runtime.usable, _supports,
         (cuda_runtime.KernelError,),
     )
 )  # fmt: skip
 
 
 @torch.library.custom_op("visionmamba::gelu_linear", mutates_args=())
-def _gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, x_bias: Tensor | None) -> Tensor:
     return F.linear(F.gelu(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 @_gelu_linear.register_fake
-def _(x, weight, bias):
+def _(x, weight, bias, x_bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.custom_op("visionmamba::gelu_linear_backward", mutates_args=())
-def _gelu_linear_backward(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows, x = dout.reshape(-1, dout.shape[-1]), x.contiguous()
-    dhidden = rows @ weight.to(x.dtype)
-    hidden, dx = select("gelu_linear", x.device.type, x).forward(x, dhidden.view(x.shape))
-    dweight = weight_gradient(rows, hidden.view(-1, x.shape[-1]))
-    return dx, dweight.to(weight.dtype), rows.sum(0, dtype=torch.float32).to(weight.dtype)
+def _gelu_linear_backward(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, hidden_rows = dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
+    implementation = select("gelu_linear", x.device.type, x)
+    hidden, dx, dx_bias = implementation.forward(hidden_rows, rows @ weight.to(x.dtype))
+    dweight, dbias = weight_gradient(rows, hidden), implementation.backward(rows)
+    return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype), dx_bias.to(weight.dtype)
 
 
 @_gelu_linear_backward.register_fake
 def _(dout, x, weight):
-    return x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+    return x.new_empty(x.shape), torch.empty_like(weight), *(weight.new_empty(size) for size in weight.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias = inputs
+    x, weight, *biases = inputs
     ctx.save_for_backward(x, weight)
-    ctx.has_bias = bias is not None
+    ctx.has_biases = [bias is not None for bias in biases]
 
 
 def _autograd(ctx, dout):
-    dx, dweight, dbias = torch.ops.visionmamba.gelu_linear_backward(dout, *ctx.saved_tensors)
-    return dx, dweight, dbias if ctx.has_bias else None
+    dx, dweight, *dbiases = torch.ops.visionmamba.gelu_linear_backward(dout, *ctx.saved_tensors)
+    return dx, dweight, *(db if has else None for db, has in zip(dbiases, ctx.has_biases, strict=True))
 
 
 _gelu_linear.register_autograd(_autograd, setup_context=_setup_context)
@@ -110,15 +128,17 @@ def _flops_backward(dout_shape, x_shape, weight_shape, *_args, out_shape=None, *
     return 4 * prod(x_shape[:-1]) * prod(weight_shape)
 
 
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, x_bias: Tensor | None = None) -> Tensor:
     """Compute ``linear(gelu(x))``.
 
     Args:
         x: ``(..., N)``.
         weight: ``(M, N)``; cast to the dtype of ``x``.
         bias: ``(M,)``; likewise.
+        x_bias: ``(N,)``: a bias that was added to ``x`` already, by an operator that does not compute its gradient.
+            That is the sum of the gradient of ``x``, which is at hand here.
 
     Returns:
         ``(..., M)``.
     """
-    return torch.ops.visionmamba.gelu_linear(x, weight, bias)
+    return torch.ops.visionmamba.gelu_linear(x, weight, bias, x_bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,15 +28,24 @@ class Cut:
         ahead: Steps whose rows are read together.
         chunk: Steps of a warp.
         min_blocks: Blocks a multiprocessor that registers must suffice for.
+        most_blocks: Blocks a multiprocessor up to which it is preferred to the cut after it.
     """
 
     vec: int
     ahead: int
     chunk: int
     min_blocks: int = 1
+    most_blocks: float = math.inf
+
+    def blocks(self, batch: int, num_tokens: int, channels: int) -> int:
+        """Blocks of a launch."""
+        return batch * -(-channels // (32 * self.vec)) * -(-num_tokens // (self.chunk * _WARPS))
 
 
-CUTS = {"paired_forward": Cut(2, 4, 13), "paired_backward": Cut(4, 1, 50)}
+CUTS = {
+    "paired_forward": [Cut(2, 4, 25)],
+    "paired_backward": [Cut(4, 1, 50, most_blocks=3), Cut(2, 2, 50)],  # three of the first run at a time
+}
 """As measured on an H200, for channels that allow it."""
 
 
@@ -75,7 +85,9 @@ def _run(name: str, x, weight, bias, path, grid, silu, dout=None, **results: Ten
     width = weight.shape[2]
     weight, bias = (t if t is None else t.float().contiguous() for t in (weight, bias))
     order, launcher = scan_order(path, tuple(grid), x.device), cuda_runtime.launcher(x.device)
-    cut = _fit(CUTS[name], channels, [t for t in (x, dout) if t is not None])
+    sizes = (batch, num_tokens, channels)
+    cut = next(cut for cut in CUTS[name] if cut.blocks(*sizes) <= cut.most_blocks * launcher.multiprocessors)
+    cut = _fit(cut, channels, [t for t in (x, dout) if t is not None])
     tiles, groups = -(-channels // (32 * cut.vec)), -(-num_tokens // (cut.chunk * _WARPS))
     dparams = None
     if dout is not None:
@@ -86,7 +98,7 @@ def _run(name: str, x, weight, bias, path, grid, silu, dout=None, **results: Ten
     narrow = (all_strides[0][1], *all_strides[1][1:], all_strides[2][1])
     narrow = (*narrow, num_tokens, channels, tiles, groups, cut.chunk, 0)
     specialisation = macros(x.dtype, width, cut, silu=silu)
-    launcher.run(_FILE, name, specialisation, batch * tiles * groups, 32 * _WARPS, Arguments(wide, narrow))
+    launcher.run(_FILE, name, specialisation, cut.blocks(*sizes), 32 * _WARPS, Arguments(wide, narrow))
     return dparams
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import cuda_runtime
 from ..cuda_runtime import Arguments, pointer
-from .cuda_call import ACT
+from .cuda_call import ACT, sum_rows
 
 __all__ = ["MAX_RANK", "Cut", "cut", "expand_delta", "expand_delta_backward"]
 
@@ -23,8 +23,12 @@ MAX_RANK = 64
 _LEAST_ROWS = 64  # of a block: its weights want to be used
 
 _FRAGMENT = 32 * 2 * 3  # registers of a weight's three parts, 16 channels by 8 values
-_PRODUCTS_CUTS = [(49, 1, 6, 2), (25, 2, 6, 2), (17, 4, 6, 2), (9, 2, 12, 4), (0, 2, 6, 8)]
-"""From which rank on, and then: 16s of channels a warp, warps of a block, blocks a multiprocessor; as measured."""
+_SHARED_BYTES = 99 * 1024  # of a block, on every device
+_PRODUCTS_CUTS = {
+    "dt_expand": [(49, 1, 6, 12), (25, 2, 6, 12), (17, 4, 6, 12), (9, 2, 6, 24), (0, 2, 6, 24)],
+    "dt_backward": [(49, 1, 6, 6), (25, 2, 6, 6), (17, 4, 6, 6), (9, 4, 6, 12), (0, 2, 6, 24)],
+}
+"""From which rank on, and then: 16s of channels a warp, warps of a block, warps a multiprocessor; as measured."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Cut:
         macros: Its specialisation.
         channels: Channels of a block.
         threads: Threads of a block.
-        shared_bytes: Dynamic shared memory of the backward.
+        shared_bytes: Dynamic shared memory.
         blocks: Blocks a multiprocessor that are wanted.
     """
 
@@ -59,20 +63,26 @@ def _plain_cut(dtype: torch.dtype, channels: int, rank: int) -> Cut:
     return Cut("dt_projection.cu", {"ACT": ACT[dtype], "RANK": rank, "VEC": vec}, 32 * vec, 256, 0, 4)
 
 
-def _products_cut(dtype: torch.dtype, channels: int, rank: int, pairs: bool) -> Cut:
+def _products_cut(name: str, dtype: torch.dtype, channels: int, rank: int, pairs: bool) -> Cut:
     """Cut for the tensor cores: a warp's channels are what registers hold of the weight's gradient."""
-    tiles, most_warps, blocks = next(cut for least, *cut in _PRODUCTS_CUTS if rank >= least)
+    tiles, most_warps, resident = next(cut for least, *cut in _PRODUCTS_CUTS[name] if rank >= least)
     warps = min(most_warps, -(-channels // (16 * tiles)))
-    macros = {"ACT": ACT[dtype], "RANK": rank, "TILES": tiles, "WARPS": warps, "X_PAIRS": int(pairs)}
-    values = 8 * -(-rank // 8)
-    shared = 4 * warps * (tiles * values // 8 * _FRAGMENT + 2 * 16 * values)
-    return Cut("dt_products.cu", macros, 16 * tiles * warps, 32 * warps, shared, blocks)
+    macros = {"ACT": ACT[dtype], "RANK": rank, "TILES": tiles, "WARPS": warps, "X_PAIRS": int(pairs), "AHEAD": 0}
+    shared = 0
+    if name == "dt_backward":
+        values = 8 * -(-rank // 8)
+        shared = 4 * warps * (tiles * values // 8 * _FRAGMENT + 2 * 16 * values)
+        ahead = 4 * warps * tiles * 16 * 16
+        if shared + ahead <= _SHARED_BYTES:
+            macros["AHEAD"], shared = 1, shared + ahead
+    return Cut("dt_products.cu", macros, 16 * tiles * warps, 32 * warps, shared, max(1, resident // warps))
 
 
-def cut(dtype: torch.dtype, channels: int, rank: int, pairs: bool = True) -> Cut:
+def cut(name: str, dtype: torch.dtype, channels: int, rank: int, pairs: bool = True) -> Cut:
     """Choose the kernel for a projection.
 
     Args:
+        name: ``"dt_expand"`` or ``"dt_backward"``.
         dtype: Of the low-rank values.
         channels: D.
         rank: R.
@@ -80,13 +90,14 @@ def cut(dtype: torch.dtype, channels: int, rank: int, pairs: bool = True) -> Cut
     """
     if dtype == torch.float32 or channels % 4:
         return _plain_cut(dtype, channels, rank)
-    return _products_cut(dtype, channels, rank, pairs)
+    return _products_cut(name, dtype, channels, rank, pairs)
 
 
 class _Projection:
-    """One call: rows, tiles, chunks and the argument struct."""
+    """One call of a kernel: rows, tiles, chunks and the argument struct."""
 
-    def __init__(self, delta: Tensor, weight: Tensor) -> None:
+    def __init__(self, name: str, delta: Tensor, weight: Tensor) -> None:
+        self.name = name
         one_stride = delta.shape[0] == 1 or delta.stride(0) == delta.shape[1] * delta.stride(1)
         self.x = delta if one_stride and delta.stride(-1) == 1 else delta.contiguous()
         self.weight = weight.float().contiguous()
@@ -94,7 +105,7 @@ class _Projection:
         self.rows = delta.shape[0] * delta.shape[1]
         even = all(n % 2 == 0 for n in (self.rank, *self.x.stride()[1:3]))
         pairs = even and self.x.data_ptr() % (2 * self.x.element_size()) == 0
-        self.cut = cut(delta.dtype, self.channels, self.rank, pairs)
+        self.cut = cut(name, delta.dtype, self.channels, self.rank, pairs)
         self.tiles = -(-self.channels // self.cut.channels)
         self.launcher = cuda_runtime.launcher(delta.device)
         wanted = max(1, self.cut.blocks * self.launcher.multiprocessors // (self.directions * self.tiles))
@@ -104,13 +115,12 @@ class _Projection:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, device=self.x.device)
 
-    def run(self, name: str, delta: Tensor, dx: Tensor | None = None, dweight: Tensor | None = None) -> None:
+    def run(self, delta: Tensor, dx: Tensor | None = None, dweight: Tensor | None = None) -> None:
         tensors = map(pointer, (self.x, self.weight, delta, dx, dweight))
         wide = (*tensors, self.rows, self.x.stride(1), self.x.stride(2))
         narrow = (self.directions, self.channels, self.tiles, self.chunk)
-        blocks, shared_bytes = self.chunks * self.directions * self.tiles, 0 if dx is None else self.cut.shared_bytes
-        arguments = Arguments(wide, narrow)
-        self.launcher.run(self.cut.file, name, self.cut.macros, blocks, self.cut.threads, arguments, shared_bytes)
+        blocks, cut, arguments = self.chunks * self.directions * self.tiles, self.cut, Arguments(wide, narrow)
+        self.launcher.run(cut.file, self.name, cut.macros, blocks, cut.threads, arguments, cut.shared_bytes)
 
 
 def expand_delta(delta: Tensor, weight: Tensor | None) -> Tensor:
@@ -127,9 +137,9 @@ def expand_delta(delta: Tensor, weight: Tensor | None) -> Tensor:
         return delta
     if weight.shape[2] > MAX_RANK:
         return torch.einsum("blkr,kdr->blkd", delta.float(), weight.float())
-    call = _Projection(delta, weight)
+    call = _Projection("dt_expand", delta, weight)
     expanded = call.empty(*delta.shape[:3], call.channels)
-    call.run("dt_expand", expanded)
+    call.run(expanded)
     return expanded
 
 
@@ -147,7 +157,8 @@ def expand_delta_backward(dexpanded: Tensor, delta: Tensor, weight: Tensor) -> t
     if weight.shape[2] > MAX_RANK:
         ddelta = torch.einsum("blkd,kdr->blkr", dexpanded, weight.float())
         return ddelta, torch.einsum("blkd,blkr->kdr", dexpanded, delta.float())
-    call = _Projection(delta, weight)
+    call = _Projection("dt_backward", delta, weight)
     dx, dweight = call.empty(call.tiles, *delta.shape), call.empty(call.chunks, *weight.shape)
-    call.run("dt_backward", dexpanded, dx, dweight)
-    return dx[0] if call.tiles == 1 else dx.sum(0), dweight.sum(0)
+    call.run(dexpanded, dx, dweight)
+    (dweight,) = sum_rows(call.launcher, dweight.view(call.chunks, -1), delta.dtype, [weight.numel()])
+    return dx[0] if call.tiles == 1 else dx.sum(0), dweight.view(weight.shape)
