@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .checks import check_input
+from .disjoint_patches import is_product_of_patches, product_of_patches
 
 __all__ = ["GridPatchEmbed"]
 
@@ -55,4 +56,7 @@ class GridPatchEmbed(nn.Module):
                 patch = self.patch_size[-1 - i]
                 padding += [0, (patch - x.shape[-1 - i] % patch) % patch]
             x = F.pad(x, padding)
+        if not torch.jit.is_scripting():
+            if is_product_of_patches(x, self.projection):
+                return product_of_patches(x, self.projection)
         return self.projection(x).movedim(1, -1)

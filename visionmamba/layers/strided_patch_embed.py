@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import lecun_normal_, register_notrace_function, to_2tuple
 
 from .checks import check_input
+from .disjoint_patches import is_product_of_patches, product_of_patches
 
 __all__ = ["StridedPatchEmbed"]
 
@@ -98,4 +99,7 @@ class StridedPatchEmbed(nn.Module):
             bottom = (self.patch_size[0] - x.shape[2]) % self.stride[0]
             right = (self.patch_size[1] - x.shape[3]) % self.stride[1]
             x = F.pad(x, [0, right, 0, bottom])
+        if not torch.jit.is_scripting():
+            if is_product_of_patches(x, self.proj):
+                return product_of_patches(x, self.proj).flatten(1, 2)
         return self.proj(x).flatten(2).transpose(1, 2)
