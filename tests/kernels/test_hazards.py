@@ -178,7 +178,7 @@ QUICK_BARRIERS = [("pair_backward.cu", 3)]
 # Barriers that can be left out.
 NEEDLESS = {
     ("dt_products.cu", 0),  # a lane reads the parts of the weight that it wrote itself
-    ("scan_backward.cu", 5),  # what a lane stages next is where it read last; sums have two buffers
+    ("scan_backward.cu", 6),  # what a lane stages next is where it read last; sums have two buffers
     ("tile_forward.cu", 6),  # no warp comes here early: a direction has as many pieces as warps, or more
 }
 
