@@ -18,8 +18,8 @@ __all__ = ["PairPlan", "backward", "macros", "pairs_of", "plan"]
 _TILE, _VEC, _PIECE, _ROW, _SUMS = 32, 2, 14, 16, 16
 _MAX_PAIRS = 4
 _WARPS = 4
-_ROUNDS = 14  # pieces that a warp takes at most
-_BLOCKS = {"pair_links": 4, "pair_backward": 3}  # blocks a multiprocessor that registers must suffice for
+_ROUNDS = 7  # pieces that a warp takes at most
+_BLOCKS = {"pair_links": 5, "pair_backward": 2}  # blocks a multiprocessor that registers must suffice for
 _LEAST_STEPS, _MOST_STEPS = 1601, 8192  # shorter paths have the tile kernel; longer ones take long to combine
 
 
@@ -89,9 +89,6 @@ def plan(call: Call, dy: Tensor, least_steps: int = _LEAST_STEPS, most_steps: in
     rounds = min(_ROUNDS, -(-pieces // _WARPS))
     whole = call.num_steps == call.num_tokens == pieces * _PIECE and call.channels % _TILE == 0
     return PairPlan(pairs, pieces, rounds, whole)
-
-
-_ROUNDS = 14
 
 
 def macros(dtype: torch.dtype, cut: PairPlan, flags: dict[str, int], name: str, pair: int = 0) -> dict[str, int]:
