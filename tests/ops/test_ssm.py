@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visionmamba.layers import GatedMixer, SelectiveSSM, gated_mixer, selective_ssm
+from visionmamba.layers import SS2D, GatedMixer, SelectiveSSM, gated_mixer, selective_ssm, ss2d
 from visionmamba.ops._block_products import block_diagonal, diagonal_blocks, weight_gradient
 
 OPERATOR = "selective_scan"
@@ -67,13 +67,38 @@ def test_input_projection_computed_anew(dtype, monkeypatch):
     assert not mixer._joins(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("gate", ["act", "none"])
+def test_activation_computed_anew(gate, dtype, monkeypatch):
+    torch.manual_seed(0)
+    mixer, x, results = SS2D(12, d_state=2, gate=gate), torch.randn(2, 5, 7, 12), []
+    for joined in (False, True):
+        monkeypatch.setattr(ss2d, "fuses", lambda _x, joined=joined: joined)
+        mixer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            assert mixer._joins(leaf) == joined
+            y = mixer(leaf)
+        (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        results.append([y, leaf.grad, *(p.grad.clone() for p in mixer.parameters())])
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        assert float((actual - expected).norm()) <= (1e-5 if dtype == torch.float32 else 2**-7) * float(expected.norm())
+    with torch.no_grad():
+        assert not mixer._joins(x)
+    assert not SS2D(12, ssm="cascade")._joins(x)
+    assert not SS2D(12, act_layer=torch.nn.GELU)._joins(x)
+    mixer.act.register_forward_hook(lambda *_: None)
+    assert not mixer._joins(x)
+
+
 def test_dispatcher_behaviour():
     def arguments():
         parameters = [torch.randn(*s, requires_grad=True) for s in ((2, 6, 3), (2, 6), (2, 6, 6))]
         A = (-torch.rand(2, 6, 2)).requires_grad_()
         others = [torch.randn(*s, requires_grad=True) for s in ((2, 6), (2, 6), (2, 6, 2))]
         tokens = [torch.randn(2, 5, 6, requires_grad=True) for _ in range(2)]
-        return (*tokens, None, *parameters, A, *others, "h,h_flip", [5], True)
+        return (*tokens, None, *parameters, A, *others, "h,h_flip", [5], True, True)
 
     torch.library.opcheck(torch.ops.visionmamba.ssm.default, arguments(), test_utils=("test_schema", "test_faketensor"))
     layer = SelectiveSSM(6, 2, 2, "h,h_flip", 3)

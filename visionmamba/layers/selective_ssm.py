@@ -140,6 +140,7 @@ class SelectiveSSM(nn.Module):
         z: torch.Tensor | None,
         grid: list[int],
         in_proj_weight: torch.Tensor | None = None,
+        silu: bool = False,
     ) -> torch.Tensor:
         """Do what :meth:`forward` does in one operator.
 
@@ -148,13 +149,15 @@ class SelectiveSSM(nn.Module):
             z: Gate, or None.
             grid: Size of the token grid.
             in_proj_weight: Where x and the gate are still to be projected: the weight, see :func:`selective_ssm`.
+            silu: Apply SiLU to the tokens, which no convolution follows here.
         """
         parameters = (
             self.conv_weight, self.conv_bias, self.x_proj_weight, -torch.exp(self.A_log.float()), self.D,
             self.dt_proj_bias, self.dt_proj_weight,
         )  # fmt: skip
         parameters = [None if parameter is None else self.each(parameter) for parameter in parameters]
-        return selective_ssm(x, z, in_proj_weight, *parameters, self.path, grid, self.merge)
+        silu = silu or self.conv_weight is not None
+        return selective_ssm(x, z, in_proj_weight, *parameters, self.path, grid, self.merge, silu)
 
     def forward(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
         """Scan tokens in raster order.

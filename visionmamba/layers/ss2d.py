@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from ..ops import selective_scan
 from ..ops.ssd import ssd_scan
 from .checks import check_choice
+from .fusion import fuses, unwatched
 from .norm import LayerNorm, before_linear
 from .patch import DepthwiseConv2d
 from .selective_ssm import SelectiveSSM
@@ -234,12 +235,30 @@ class SS2D(nn.Module):
         y = self.ssm(x.reshape(batch, height * width, channels), None, [height, width])
         return y.reshape(batch, height, width, channels)
 
+    @torch.jit.unused
+    def _joins(self, x: torch.Tensor) -> bool:
+        """Whether the activation is computed anew in backward, inside the scan's operator."""
+        if type(self).scan is not SS2D.scan or type(self.ssm) is not SelectiveSSM or type(self.act) is not nn.SiLU:
+            return False
+        return torch.is_grad_enabled() and unwatched(self.act, self.ssm) and fuses(x)
+
+    @torch.jit.unused
+    def _joined(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ssm.fused(x.flatten(1, 2), None, list(x.shape[1:3]), silu=True).unflatten(1, x.shape[1:3])
+
+    def activate_and_scan(self, x: torch.Tensor) -> torch.Tensor:
+        """Scan ``act(x)`` of ``(B, H, W, D)``."""
+        if not torch.jit.is_scripting():
+            if self._joins(x):
+                return self._joined(x)
+        return self.scan(self.act(x))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix ``(B, H, W, C)``."""
         x = self.in_proj(x)
         if self.gated:
             x, z = x.chunk(2, dim=-1)
-            y = self.out_act(self.out_norm(self.scan(self.act(self.conv(x))))) * self.gate_act(z)
+            y = self.out_act(self.out_norm(self.activate_and_scan(self.conv(x)))) * self.gate_act(z)
         else:
-            y = self.out_act(self.out_norm(self.scan(self.act(self.conv(x)))))
+            y = self.out_act(self.out_norm(self.activate_and_scan(self.conv(x))))
         return self.drop(self.out_proj(y))

@@ -1,8 +1,8 @@
 """Convolution, projections and scan of a selective state space model as one operator that keeps little for backward.
 
-``visionmamba::ssm`` calls the operators that it is made of. Its backward pass computes the input projection and the
-convolution anew, which saves K + 2 activations of the layer's width, and adds the gradient of the projections to the
-scan's inside their product.
+``visionmamba::ssm`` calls the operators that it is made of. Its backward pass computes the input projection, the
+convolution and SiLU anew, which saves K + 2 activations of the layer's width, and adds the gradient of the projections
+to the scan's inside their product.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["selective_ssm"]
 
 _SCHEMA = (
     "Tensor x, Tensor? z, Tensor? in_proj_weight, Tensor? conv_weight, Tensor? conv_bias, Tensor x_proj_weight, "
-    "Tensor A, Tensor? D, Tensor dt_bias, Tensor dt_weight, str path, SymInt[] grid, bool merge"
+    "Tensor A, Tensor? D, Tensor dt_bias, Tensor dt_weight, str path, SymInt[] grid, bool merge, bool silu"
 )
 _TENSORS = 10
 
@@ -43,8 +43,10 @@ def _enter(x: Tensor, z: Tensor | None, weight: Tensor | None) -> tuple[Tensor, 
     return (x, z) if weight is None else F.linear(x, weight.to(x.dtype)).chunk(2, dim=-1)
 
 
-def _scan_input(x, conv_weight, conv_bias, path, grid):
-    return x if conv_weight is None else causal_conv1d(x, conv_weight, conv_bias, path=path, grid=grid)[0]
+def _scan_input(x, conv_weight, conv_bias, path, grid, silu):
+    if conv_weight is None:
+        return F.silu(x) if silu else x
+    return causal_conv1d(x, conv_weight, conv_bias, path=path, grid=grid, silu=silu)[0]
 
 
 def _split(projected: Tensor, A: Tensor, dt_weight: Tensor) -> tuple[Tensor, ...]:
@@ -52,9 +54,11 @@ def _split(projected: Tensor, A: Tensor, dt_weight: Tensor) -> tuple[Tensor, ...
 
 
 @torch.library.custom_op("visionmamba::ssm", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
-def _ssm(x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge):
+def _ssm(
+    x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge, silu
+):  # fmt: skip
     x, z = _enter(x, z, in_proj_weight)
-    u = _scan_input(x, conv_weight, conv_bias, path, grid)
+    u = _scan_input(x, conv_weight, conv_bias, path, grid, silu)
     projected = _rows(u) @ _projection(x_proj_weight, u).t()
     projected = projected.view(*x.shape[:2], *x_proj_weight.shape[:2])
     dt, B, C = _split(projected, A, dt_weight)
@@ -63,7 +67,9 @@ def _ssm(x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_b
 
 
 @_ssm.register_fake
-def _(x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge):
+def _(
+    x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge, silu
+):  # fmt: skip
     directions, width, channels = x_proj_weight.shape
     middle = () if merge else (directions,)
     return x.new_empty((*x.shape[:2], *middle, channels)), x.new_empty((*x.shape[:2], directions, width))
@@ -76,11 +82,11 @@ def _(x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias
 )
 def _ssm_backward(
     dy, projected, x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid,
-    merge,
+    merge, silu,
 ):  # fmt: skip
     tokens = x
     x, z = _enter(x, z, in_proj_weight)
-    u = _scan_input(x, conv_weight, conv_bias, path, grid)
+    u = _scan_input(x, conv_weight, conv_bias, path, grid, silu)
     dt, B, C = _split(projected, A, dt_weight)
     du, ddt, dA, dB, dC, dD, dz, ddt_bias, ddt_weight, _ = torch.ops.visionmamba.selective_scan_backward(
         dy, None, u, dt, A, B, C, D, z, dt_bias, dt_weight, None, path, grid, True, merge, False
@@ -92,8 +98,10 @@ def _ssm_backward(
     dconv_weight, dconv_bias = x.new_empty(0), x.new_empty(0)
     if conv_weight is not None:
         du, dconv_weight, dconv_bias, _ = torch.ops.visionmamba.causal_conv1d_backward(
-            du, None, x, conv_weight, conv_bias, None, None, path, grid, True
+            du, None, x, conv_weight, conv_bias, None, None, path, grid, silu
         )
+    elif silu:
+        du = torch.ops.aten.silu_backward(du, x)
     dx_proj = dx_proj.to(x_proj_weight.dtype).contiguous()
     din_proj = x.new_empty(0)
     if in_proj_weight is not None:
@@ -162,6 +170,7 @@ def selective_ssm(
     path: str,
     grid: list[int],
     merge: bool = True,
+    silu: bool = True,
 ) -> Tensor:
     """Convolve along each direction, project, and scan: see :class:`visionmamba.layers.SelectiveSSM`.
 
@@ -180,10 +189,11 @@ def selective_ssm(
         path: Scan path.
         grid: Its grid.
         merge: Sum the directions' outputs.
+        silu: Apply SiLU after the convolution, or to ``x`` where there is none.
 
     Returns:
         ``(B, L, D)`` with ``merge`` else ``(B, L, K, D)``.
     """
     return torch.ops.visionmamba.ssm(
-        x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge
+        x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge, silu
     )[0]
