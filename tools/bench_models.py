@@ -1,12 +1,12 @@
 """Whole models on one GPU, beside others: ``python tools/bench_models.py SECTION [SECTION ...] --output FOLDER``.
 
-Sections: ``zoo`` (the measured backbones and timm's, inference and training, eager and as a CUDA graph), ``single``
-(one image), ``compiled`` (through torch.compile), ``families`` (one model of each family, beside its plain PyTorch
-form), ``resolution`` (Vim-T beside DeiT-T with flash attention on large images), ``detection`` (backbones at 800x1280,
-forward and backward) and ``same`` (whether eager models, graphs and repeated steps give the same bits). All under
-bfloat16 autocast. A section's rows go to ``FOLDER/SECTION.json`` after every case; a case that fails is a row with its
-error, and ``--resume`` leaves out the cases that are there already. ``--warm 8`` first compiles what the kernels need,
-in as many processes.
+Sections: ``zoo`` (the measured backbones and timm's, inference and training, eager and as a CUDA graph), ``families``
+(one model of each family, beside its plain PyTorch form), ``detection`` (backbones at 800x1280, forward and backward),
+``resolution`` (Vim-T beside DeiT-T with flash attention on large images), ``single`` (one image), ``same`` (whether
+eager models, graphs and repeated steps give the same bits) and ``compiled`` (through torch.compile). All under
+bfloat16 autocast, and in this order. A section's rows go to ``FOLDER/SECTION.json`` after every case; a case that fails
+is a row with its error, and ``--resume`` leaves out the cases that are there already. ``--warm 8`` first compiles what
+the kernels need, in as many processes.
 
 ``python tools/bench_models.py --table benchmarks/PERFORMANCE.md --output FOLDER`` writes the rows into a page's tables.
 """
@@ -14,6 +14,7 @@ in as many processes.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -28,6 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import model_tables
 import timm
@@ -52,6 +54,7 @@ RESOLUTIONS = {512: 32, 1024: 8, 1248: 8, 2048: 2}  # pixels: images a batch
 LARGE = ("vim_tiny_patch16_224", "deit_tiny_patch16_224")
 BACKBONES = ("vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224", "convnext_tiny")
 FAMILY_BATCH = 32
+ENOUGH_SECONDS = 0.7  # of the same step
 
 Step = Callable[[], None]
 Rows = Iterator[dict]
@@ -80,10 +83,14 @@ def make_step(model: torch.nn.Module, x: torch.Tensor, training: bool, cache: bo
     return step
 
 
-def milliseconds(step: Step, repeats: int, warmup: int = 3) -> float:
-    """Return the median time of a step."""
+def milliseconds(step: Step, repeats: int, warmup: int = 2) -> float:
+    """Return the median time of steps that follow one another; of fewer than ``repeats`` where they would take long."""
     for _ in range(warmup):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
         step()
+        torch.cuda.synchronize()
+        repeats = min(repeats, max(3, round(ENOUGH_SECONDS / (time.perf_counter() - begun))))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
         start.record()
@@ -107,42 +114,41 @@ def replayed(step: Step) -> Step:
     return graph.replay
 
 
-def peak_gib(step: Step) -> float:
-    """Return the most memory that a step holds, weights and all."""
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**30
-
-
 def failure(error: Exception) -> str:
     """Return an error as one line."""
     return f"{type(error).__name__}: {one_line(error, 200)}"
 
 
 def measure(
-    model: torch.nn.Module, x: torch.Tensor, training: bool, runs: list[str], repeats: int, warmup: int = 3
+    model: torch.nn.Module, x: torch.Tensor, training: bool, runs: list[str], repeats: int, warmup: int = 2
 ) -> Rows:
     """Return a row for each way to run a model: its time, images a second, and (but for graphs) peak memory.
+
+    The memory is the most that a step holds, weights and all; the first step is not looked at.
 
     Args:
         model: The model.
         x: Its input.
         training: Whether backward is part of a step.
         runs: Of ``"eager"``, ``"graph"`` and ``"compile"``.
-        repeats: Steps that are timed.
-        warmup: Steps before them.
+        repeats: Steps that are timed; for none, a single step compiles what the others would need.
+        warmup: Steps before them, after the first.
     """
-    for run in runs:
+    for run in runs if repeats else ["eager"]:
         row = {"mode": "train" if training else "infer", "run": run, "batch": len(x)}
         try:
             step = make_step(torch.compile(model) if run == "compile" else model, x, training, run != "graph")
-            if run != "graph":
-                row["peak_gib"] = round(peak_gib(step), 3)
-            taken = milliseconds(replayed(step) if run == "graph" else step, repeats, warmup)
+            if run == "graph":
+                step = replayed(step)
+            step()
+            torch.cuda.synchronize()
+            if not repeats:
+                continue
+            torch.cuda.reset_peak_memory_stats()
+            taken = milliseconds(step, repeats, warmup)
             row |= {"ms": round(taken, 3), "images_per_second": round(1e3 * len(x) / taken, 1)}
+            if run != "graph":
+                row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         except RuntimeError as error:  # among them: out of memory
             row["error"] = failure(error)
         yield row
@@ -196,22 +202,31 @@ def compile_one(case: dict, repeats: int, lock: Path) -> Rows:
 
 
 @functools.cache
-def _compiling(repeats: int) -> dict[str, tuple[subprocess.Popen, Path]]:
-    """Start a process for each model that is compiled; they compile together and are timed one by one."""
+def _compiling(repeats: int) -> tuple[dict[str, tuple[subprocess.Popen, Path]], TextIO]:
+    """Start a process for each model that is compiled; they compile together and are timed one by one.
+
+    Returns:
+        The processes and their results' files; and a lock that keeps them from being timed until it is given back.
+    """
     folder = Path(tempfile.mkdtemp())
     lock = folder / "lock"
     lock.touch()
+    file = lock.open("r+")
+    fcntl.flock(file, fcntl.LOCK_SH)
     arguments = [sys.executable, __file__, "compile_one", "--repeats", str(repeats), "--lock", str(lock)]
     started = {}
     for name in COMPILED:
         command = [*arguments, "--model", name, "--output", str(folder / name)]
         started[name] = subprocess.Popen(command, stdout=subprocess.DEVNULL), folder / name / "compile_one.json"
-    return started
+        atexit.register(started[name][0].kill)
+    return started, file
 
 
 def compiled(case: dict, repeats: int) -> Rows:
     """A model through torch.compile."""
-    process, path = _compiling(repeats)[case["model"]]
+    started, lock = _compiling(repeats)
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    process, path = started[case["model"]]
     if process.wait() != 0:
         raise RuntimeError(f"exit status {process.returncode}")
     yield from json.loads(path.read_text())["rows"]
@@ -236,7 +251,7 @@ def resolution(case: dict, repeats: int) -> Rows:
     with created(name, img_size=size) as model, flash:
         x = torch.randn(RESOLUTIONS[size], 3, size, size, device="cuda")
         for training in (False, True):
-            yield from measure(model, x, training, ["eager", "graph"], max(3, repeats // 2))
+            yield from measure(model, x, training, ["eager", "graph"], min(repeats, max(3, repeats // 2)))
 
 
 def detection(case: dict, repeats: int) -> Rows:
@@ -265,13 +280,13 @@ def same(case: dict, repeats: int) -> Rows:
         yield {"graph_equals_eager": torch.equal(eager, graphed), "two_training_steps_are_equal": steps}
 
 
-SECTIONS: dict[str, tuple[Callable[[dict, int], Rows], list[dict]]] = {
+SECTIONS: dict[str, tuple[Callable[[dict, int], Rows], list[dict]]] = {  # the first matter most
     "zoo": (zoo, [{"model": name} for name in ZOO]),
+    "families": (families, [{"model": name, "backend": kind} for kind in ("best", "torch") for name in FAMILIES]),
     "detection": (detection, [{"model": name, "size": "800x1280"} for name in BACKBONES]),
     "resolution": (resolution, [{"model": name, "size": size} for size in RESOLUTIONS for name in LARGE]),
     "single": (single, [{"model": name} for name in ZOO]),
     "same": (same, [{"model": name} for name in FAMILIES]),
-    "families": (families, [{"model": name, "backend": kind} for name in FAMILIES for kind in ("best", "torch")]),
     "compiled": (compiled, [{"model": name} for name in COMPILED]),
 }
 
@@ -302,7 +317,7 @@ def warm_up(sections: list[str], processes: int) -> None:
     """Run every case that compiles kernels once, in several processes, so that the cache on disk has them."""
     sections = [section for section in sections if section not in ("compiled", "same")]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, *sections, "--repeats", "1", "--output"]
+        command = [sys.executable, __file__, *sections, "--repeats", "0", "--output"]
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started = [
             subprocess.Popen([*command, f"{folder}/{i}", "--share", str(i), str(processes)], **quiet)
@@ -368,11 +383,14 @@ def main() -> None:
         print(f"warm after {time.time() - started:.0f} s", file=sys.stderr, flush=True)
     if arguments.sections == ["same"]:  # deterministic products need it before the library starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    for section in arguments.sections:
-        if section == "compile_one":
-            rows = compile_one({"model": arguments.model}, arguments.repeats, arguments.lock)
-            write(arguments.output / "compile_one.json", list(rows))
-        elif section == "same" and arguments.sections != ["same"]:
+    if arguments.sections == ["compile_one"]:
+        rows = compile_one({"model": arguments.model}, arguments.repeats, arguments.lock)
+        write(arguments.output / "compile_one.json", list(rows))
+        return
+    for section in (section for section in SECTIONS if section in arguments.sections):
+        if section == "same" and arguments.sections != ["same"]:
+            if "compiled" in arguments.sections:
+                _compiling(arguments.repeats)  # meanwhile: nothing is timed
             options = ["--output", str(arguments.output), *(["--resume"] if arguments.resume else [])]
             subprocess.run([sys.executable, __file__, "same", *options], check=False)
         else:
