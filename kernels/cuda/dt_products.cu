@@ -67,17 +67,21 @@ struct Seat {
   __device__ __forceinline__ static int column(int c) { return 4 * (c / 2) + c % 2; }
 };
 
-// Values r and r + 1 of a token as parts.
-__device__ __forceinline__ void load_pair(const DtArgs& p, const Seat& at, int64 row, int r, uint32 parts[X_PARTS]) {
+// Values r and r + 1 of a token.
+__device__ __forceinline__ Raw<2> load_pair(const DtArgs& p, const Seat& at, int64 row, int r) {
   const act_t* from = p.x + row * p.x_row + at.k * p.x_k + r;
   const bool present = row < at.end && r < RANK;
 #if X_PAIRS
-  const Raw<2> pair = present ? load_raw<2>(from) : raw_zero<2>();
+  return present ? load_raw<2>(from) : raw_zero<2>();
 #else
   const uint32 low = present ? from[0] : 0, high = present && r + 1 < RANK ? from[1] : 0;
   Raw<2> pair;
   pair.x = low | high << 16;
+  return pair;
 #endif
+}
+
+__device__ __forceinline__ void split_pair(const Raw<2>& pair, uint32 parts[X_PARTS]) {
   if constexpr (X_PARTS == 1) {
     parts[0] = pair.x;
   } else {
@@ -106,21 +110,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dt_expand(const __grid_
 #pragma unroll
         for (int part = 0; part < PARTS; part++) w[part][i][n][half] = parts[part];
       }
-  uint32 x[R_STEPS][4][X_PARTS], next[R_STEPS][4][X_PARTS];
+  uint32 x[R_STEPS][4][X_PARTS];
+  Raw<2> next[R_STEPS][4];
   auto load = [&](int64 row) {
 #pragma unroll
     for (int i = 0; i < R_STEPS; i++)
 #pragma unroll
-      for (int j = 0; j < 4; j++) load_pair(p, at, row + at.g + j % 2 * 8, i * 16 + j / 2 * 8 + at.q * 2, next[i][j]);
+      for (int j = 0; j < 4; j++) next[i][j] = load_pair(p, at, row + at.g + j % 2 * 8, i * 16 + j / 2 * 8 + at.q * 2);
   };
   load(at.first);
   for (int64 row = at.first; row < at.end; row += TOKENS) {
 #pragma unroll
     for (int i = 0; i < R_STEPS; i++)
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int part = 0; part < X_PARTS; part++) x[i][j][part] = next[i][j][part];
+      for (int j = 0; j < 4; j++) split_pair(next[i][j], x[i][j]);
     load(row + TOKENS);
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
@@ -194,7 +197,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dt_backward(const __gri
       }
 #endif
   };
+  Raw<2> next[R_TILES][2];  // of x
+  auto load = [&](int64 row) {
+#pragma unroll
+    for (int n = 0; n < R_TILES; n++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) next[n][half] = load_pair(p, at, row + at.g + 8 * half, n * 8 + at.q * 2);
+  };
   copy(at.first);
+  load(at.first);
   int step = 0;
   for (int64 row = at.first; row < at.end; row += TOKENS, step++) {
     const int buffer = step & 1;
@@ -219,10 +230,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) dt_backward(const __gri
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         uint32 parts[X_PARTS];
-        load_pair(p, at, row + at.g + 8 * half, n * 8 + at.q * 2, parts);
+        split_pair(next[n][half], parts);
 #pragma unroll
         for (int part = 0; part < X_PARTS; part++) x[n][part][half] = transposed(parts[part]);
       }
+    load(row + TOKENS);
     float dx[R_TILES][4] = {};
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
