@@ -24,16 +24,24 @@ __all__ = ["gelu_linear"]
 
 _BLOCKS_WANTED = 4  # a multiprocessor
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
-def recompute(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return GELU(x) of rows, the gradient of x for a gradient dy of it, and that gradient's sum over the rows."""
+
+def recompute(x: Tensor, dy: Tensor, dout: Tensor) -> Gradients:
+    """Return what the backward pass needs of a hidden layer.
+
+    Args:
+        x: The hidden layer before GELU, ``(rows, N)``.
+        dy: The gradient of GELU(x).
+        dout: The gradient of what a linear layer makes of it, ``(rows, M)``.
+
+    Returns:
+        GELU(x), the gradient of x, and the sums of the gradients of x and of the linear layer over the rows, in float32
+        (float64).
+    """
     dx = torch.ops.aten.gelu_backward(dy, x)
-    return F.gelu(x), dx, column_sums(dx)
-
-
-def column_sums(x: Tensor) -> Tensor:
-    """Return the sum of rows, in float32 at least."""
-    return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.gelu(x), dx, dx.sum(0, dtype=wide), dout.sum(0, dtype=wide)
 
 
 def macros(dtype: torch.dtype, vec: int) -> dict[str, int]:
@@ -55,24 +63,19 @@ def _run(name: str, x: Tensor, dy: Tensor | None = None) -> tuple[Tensor | None,
     return y, dx, sum_rows(launcher, sums, x.dtype, (columns,))[0]
 
 
-def recompute_on_gpu(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what :func:`recompute` does, in one pass over memory."""
-    return _run("gelu_recompute", x.contiguous(), dy.contiguous())
-
-
-def column_sums_on_gpu(x: Tensor) -> Tensor:
-    """Do what :func:`column_sums` does."""
-    return _run("column_sums", x.contiguous())[2]
+def recompute_on_gpu(x: Tensor, dy: Tensor, dout: Tensor) -> Gradients:
+    """Do what :func:`recompute` does, in two passes over memory."""
+    return *_run("gelu_recompute", x.contiguous(), dy.contiguous()), _run("column_sums", dout.contiguous())[2]
 
 
 def _supports(x: Tensor, *_others) -> str | None:
     return None if x.dtype in ACT else f"takes float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
 
 
-register_implementation(Implementation("gelu_linear", "torch", (), recompute, column_sums))
+register_implementation(Implementation("gelu_linear", "torch", (), recompute))
 register_implementation(
     Implementation(
-        "gelu_linear", "cuda", ("cuda",), recompute_on_gpu, column_sums_on_gpu, cuda_runtime.usable, _supports,
+        "gelu_linear", "cuda", ("cuda",), recompute_on_gpu, None, cuda_runtime.usable, _supports,
         (cuda_runtime.KernelError,),
     )
 )  # fmt: skip
@@ -91,9 +94,10 @@ def _(x, weight, bias, x_bias):
 @torch.library.custom_op("visionmamba::gelu_linear_backward", mutates_args=())
 def _gelu_linear_backward(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, hidden_rows = dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
-    implementation = select("gelu_linear", x.device.type, x)
-    hidden, dx, dx_bias = implementation.forward(hidden_rows, rows @ weight.to(x.dtype))
-    dweight, dbias = weight_gradient(rows, hidden), implementation.backward(rows)
+    dhidden = rows @ weight.to(x.dtype)
+    arguments = (hidden_rows, dhidden, rows)
+    hidden, dx, dx_bias, dbias = select("gelu_linear", x.device.type, *arguments).forward(*arguments)
+    dweight = weight_gradient(rows, hidden)
     return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype), dx_bias.to(weight.dtype)
 
 
