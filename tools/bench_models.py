@@ -313,6 +313,12 @@ def uses_kernels(case: dict) -> bool:
     return case.get("backend") != "torch" and not case["model"].startswith(("convnext", "swin", "deit"))
 
 
+def share_of(section: str, sections: list[str], own: int, processes: int) -> list[dict]:
+    """Return the cases of a section that one of several processes runs: it gets every so many of all the sections'."""
+    wanted = [(name, case) for name in sections for case in SECTIONS[name][1] if uses_kernels(case)]
+    return [case for name, case in wanted[own::processes] if name == section]
+
+
 def warm_up(sections: list[str], processes: int) -> None:
     """Run every case that compiles kernels once, in several processes, so that the cache on disk has them."""
     sections = [section for section in sections if section not in ("compiled", "same")]
@@ -331,8 +337,7 @@ def run_section(section: str, arguments: argparse.Namespace, started: float) -> 
     """Measure a section's cases, and write what there is after each."""
     measure_case, cases = SECTIONS[section]
     if arguments.share:
-        own, processes = arguments.share
-        cases = [case for case in cases if uses_kernels(case)][own::processes]
+        cases = share_of(section, arguments.sections, *arguments.share)
     path, rows = arguments.output / f"{section}.json", []
     if arguments.resume and path.exists():
         rows = [row for row in json.loads(path.read_text())["rows"] if "error" not in row]
