@@ -24,10 +24,10 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     return multiply(x.float(), y.float())
 
 
-def block_diagonal(weight: Tensor, columns: int | None = None) -> Tensor:
-    """Return ``(K, M, N)`` as the blocks of a ``(K M, columns)`` matrix; K N columns if absent."""
+def block_diagonal(weight: Tensor, columns: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ``(K, M, N)`` as the blocks of a ``(K M, columns)`` matrix; K N columns and the same dtype if absent."""
     directions, height, width = weight.shape
-    matrix = weight.new_zeros(directions, height, directions * width if columns is None else columns)
+    matrix = weight.new_zeros(directions, height, directions * width if columns is None else columns, dtype=dtype)
     blocks = matrix[..., : directions * width].unflatten(-1, (directions, width))
     blocks.diagonal(dim1=0, dim2=2).copy_(weight.permute(1, 2, 0))
     return matrix.flatten(0, 1)

@@ -30,8 +30,7 @@ _TENSORS = 10
 
 def _projection(weight: Tensor, u: Tensor) -> Tensor:
     """Return the weight ``(K, C, D)`` as a matrix for the tokens' rows of ``(B, L, D)`` or ``(B, L, K, D)``."""
-    weight = weight.to(u.dtype)
-    return weight.flatten(0, 1) if u.dim() == 3 else block_diagonal(weight)
+    return weight.to(u.dtype).flatten(0, 1) if u.dim() == 3 else block_diagonal(weight, dtype=u.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
