@@ -38,12 +38,14 @@ install()  # before anything imports mmcv.ops
 from .adapter import VisionMambaAdapter  # noqa: E402
 from .aliases import MM_VSSM, PlainMambaSeg, VisionMambaSeg  # noqa: E402
 from .backbone import VisionMambaBackbone  # noqa: E402
-from .hooks import TimeBudgetHook  # noqa: E402
+from .hooks import BackgroundWeightHook, CudaGraphHook, TimeBudgetHook  # noqa: E402
 from .neck import VisionMambaFeaturePyramid, ViTDetFeaturePyramid  # noqa: E402
 from .optim import LayerDecayOptimWrapperConstructor  # noqa: E402
 
 __all__ = [
     "MM_VSSM",
+    "BackgroundWeightHook",
+    "CudaGraphHook",
     "LayerDecayOptimWrapperConstructor",
     "PlainMambaSeg",
     "TimeBudgetHook",
