@@ -39,7 +39,7 @@ template <int PARTS> __device__ __forceinline__ void split(float low, float high
 }
 
 constexpr int PARTS = 3, X_PARTS = ACT == 2 ? 1 : 2;  // of float32 and of act_t
-constexpr int FLUSH = 8;  // the unit's sums lose a bit more than float32's: they are added up every so many steps
+constexpr int FLUSH = 4;  // the unit's sums lose a bit more than float32's: they are added up every so many steps
 constexpr int TOKENS = 16, WARP_CHANNELS = 16 * TILES, CHANNELS = WARPS * WARP_CHANNELS;
 constexpr int R_TILES = (RANK + 7) / 8, R_STEPS = (RANK + 15) / 16;
 

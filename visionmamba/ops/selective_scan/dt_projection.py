@@ -16,17 +16,18 @@ from .. import cuda_runtime
 from ..cuda_runtime import Arguments, pointer
 from .cuda_call import ACT, sum_rows
 
-__all__ = ["MAX_RANK", "Cut", "cut", "expand_delta", "expand_delta_backward"]
+__all__ = ["LEAST_SHARED_BYTES", "MAX_RANK", "Cut", "cut", "expand_delta", "expand_delta_backward"]
 
 MAX_RANK = 64
 """Of what the kernels take; PyTorch does the rest."""
 _LEAST_ROWS = 64  # of a block: its weights want to be used
 
 _FRAGMENT = 32 * 2 * 3  # registers of a weight's three parts, 16 channels by 8 values
-_SHARED_BYTES = 99 * 1024  # of a block, on every device
+LEAST_SHARED_BYTES = 99 * 1024
+"""That a block may have on every device."""
 _PRODUCTS_CUTS = {
     "dt_expand": [(49, 1, 6, 12), (25, 2, 6, 12), (17, 4, 6, 12), (9, 2, 6, 24), (0, 2, 6, 24)],
-    "dt_backward": [(49, 1, 6, 6), (25, 2, 6, 6), (17, 4, 6, 6), (9, 4, 6, 12), (0, 2, 6, 24)],
+    "dt_backward": [(49, 1, 6, 6), (25, 2, 6, 6), (17, 3, 8, 8), (9, 3, 8, 16), (0, 3, 6, 12)],
 }
 """From which rank on, and then: 16s of channels a warp, warps of a block, warps a multiprocessor; as measured."""
 
@@ -63,7 +64,7 @@ def _plain_cut(dtype: torch.dtype, channels: int, rank: int) -> Cut:
     return Cut("dt_projection.cu", {"ACT": ACT[dtype], "RANK": rank, "VEC": vec}, 32 * vec, 256, 0, 4)
 
 
-def _products_cut(name: str, dtype: torch.dtype, channels: int, rank: int, pairs: bool) -> Cut:
+def _products_cut(name: str, dtype: torch.dtype, channels: int, rank: int, pairs: bool, most_bytes: int) -> Cut:
     """Cut for the tensor cores: a warp's channels are what registers hold of the weight's gradient."""
     tiles, most_warps, resident = next(cut for least, *cut in _PRODUCTS_CUTS[name] if rank >= least)
     warps = min(most_warps, -(-channels // (16 * tiles)))
@@ -73,12 +74,19 @@ def _products_cut(name: str, dtype: torch.dtype, channels: int, rank: int, pairs
         values = 8 * -(-rank // 8)
         shared = 4 * warps * (tiles * values // 8 * _FRAGMENT + 2 * 16 * values)
         ahead = 4 * warps * tiles * 16 * 16
-        if shared + ahead <= _SHARED_BYTES:
+        if shared + ahead <= most_bytes:
             macros["AHEAD"], shared = 1, shared + ahead
     return Cut("dt_products.cu", macros, 16 * tiles * warps, 32 * warps, shared, max(1, resident // warps))
 
 
-def cut(name: str, dtype: torch.dtype, channels: int, rank: int, pairs: bool = True) -> Cut:
+def cut(
+    name: str,
+    dtype: torch.dtype,
+    channels: int,
+    rank: int,
+    pairs: bool = True,
+    most_bytes: int = LEAST_SHARED_BYTES,
+) -> Cut:
     """Choose the kernel for a projection.
 
     Args:
@@ -87,10 +95,11 @@ def cut(name: str, dtype: torch.dtype, channels: int, rank: int, pairs: bool = T
         channels: D.
         rank: R.
         pairs: Whether two neighbouring low-rank values can be read at a time.
+        most_bytes: Of shared memory that a block may have.
     """
     if dtype == torch.float32 or channels % 4:
         return _plain_cut(dtype, channels, rank)
-    return _products_cut(name, dtype, channels, rank, pairs)
+    return _products_cut(name, dtype, channels, rank, pairs, most_bytes)
 
 
 class _Projection:
@@ -105,9 +114,9 @@ class _Projection:
         self.rows = delta.shape[0] * delta.shape[1]
         even = all(n % 2 == 0 for n in (self.rank, *self.x.stride()[1:3]))
         pairs = even and self.x.data_ptr() % (2 * self.x.element_size()) == 0
-        self.cut = cut(name, delta.dtype, self.channels, self.rank, pairs)
-        self.tiles = -(-self.channels // self.cut.channels)
         self.launcher = cuda_runtime.launcher(delta.device)
+        self.cut = cut(name, delta.dtype, self.channels, self.rank, pairs, self.launcher.shared_bytes)
+        self.tiles = -(-self.channels // self.cut.channels)
         wanted = max(1, self.cut.blocks * self.launcher.multiprocessors // (self.directions * self.tiles))
         self.chunk = -(-max(_LEAST_ROWS, -(-self.rows // wanted)) // 16) * 16
         self.chunks = -(-self.rows // self.chunk)
