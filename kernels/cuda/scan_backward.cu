@@ -16,8 +16,10 @@ static_assert(EVERY_WINDOW || CHECKPOINTS == 1, "checkpoints are of windows or o
 // has one direction, whose gradient is written here. The struct itself is aligned to 4 bytes: lanes see it from an offset.
 //
 // A sum over a channel's states is left by the lanes that share them, each in a plane of its own (with a row to spare, which
-// puts two planes on different banks), and added up in the staging layout: cheaper than exchanges among lanes.
-constexpr int FINISHED = STEPS * ROW_LANES % 32 == 0 ? 1 : WINDOWS;  // windows that are finished together: whole rows of all lanes
+// puts two planes on different banks), and added up in the staging layout: cheaper than exchanges among lanes. A group's are
+// added up together; with a gate, whose planes would take the room of the first-level cache, a window's, if it has work for
+// every lane.
+constexpr int FINISHED = GATE && STEPS * ROW_LANES % 32 == 0 ? 1 : WINDOWS;  // windows that are finished together
 constexpr int PLANE = (FINISHED * STEPS + 1) * CHANNELS;
 struct BackwardShared {
   float x[TILE_STEPS * CHANNELS], u[TILE_STEPS * CHANNELS], dy[TILE_STEPS * CHANNELS], slope[TILE_STEPS * CHANNELS];
