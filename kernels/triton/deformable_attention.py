@@ -34,8 +34,8 @@ def _sample(locations_ptr, weights_ptr, point, queries, height, width):
 
 @triton.jit
 def deformable_attention(
-    value_ptr, sizes_ptr, starts_ptr, locations_ptr, weights_ptr, out_ptr, tokens, num_queries, channels, levels,
-    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, POINTS: tl.constexpr,
+    value_ptr, sizes_ptr, starts_ptr, locations_ptr, weights_ptr, out_ptr, tokens, num_queries, channels,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK queries of one head of one image. ``CHANNELS``: a power of two, at least ``channels``."""
     head, heads, image = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
@@ -45,12 +45,12 @@ def deformable_attention(
     slot = (image * num_queries + query) * heads + head
     step = heads * channels
     out = tl.zeros([BLOCK, CHANNELS], tl.float32)
-    for level in range(0, levels):
+    for level in range(0, LEVELS):
         height = tl.load(sizes_ptr + 2 * level).to(tl.int32)
         width = tl.load(sizes_ptr + 2 * level + 1).to(tl.int32)
         base = (image * tokens + tl.load(starts_ptr + level)) * step + head * channels
         for i in range(0, POINTS):
-            point = (slot * levels + level) * POINTS + i
+            point = (slot * LEVELS + level) * POINTS + i
             weight, inside, row, column, dy, dx = _sample(locations_ptr, weights_ptr, point, queries, height, width)
             v00, _, _ = _corner(value_ptr, base, row, column, inside, height, width, step, channel, mask)
             v01, _, _ = _corner(value_ptr, base, row, column + 1, inside, height, width, step, channel, mask)
@@ -66,7 +66,8 @@ def deformable_attention(
 @triton.jit
 def deformable_attention_backward(
     dout_ptr, value_ptr, sizes_ptr, starts_ptr, locations_ptr, weights_ptr, dvalue_ptr, dlocations_ptr, dweights_ptr,
-    tokens, num_queries, channels, levels, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, POINTS: tl.constexpr,
+    tokens, num_queries, channels,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
     """The same queries; ``dvalue`` is float32 and starts at zero."""
     head, heads, image = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
@@ -77,12 +78,12 @@ def deformable_attention_backward(
     step = heads * channels
     place = slot[:, None] * channels + channel[None, :]
     dout = tl.load(dout_ptr + place, mask=queries[:, None] & mask, other=0.0).to(tl.float32)
-    for level in range(0, levels):
+    for level in range(0, LEVELS):
         height = tl.load(sizes_ptr + 2 * level).to(tl.int32)
         width = tl.load(sizes_ptr + 2 * level + 1).to(tl.int32)
         base = (image * tokens + tl.load(starts_ptr + level)) * step + head * channels
         for i in range(0, POINTS):
-            point = (slot * levels + level) * POINTS + i
+            point = (slot * LEVELS + level) * POINTS + i
             weight, inside, row, column, dy, dx = _sample(locations_ptr, weights_ptr, point, queries, height, width)
             v00, p00, m00 = _corner(value_ptr, base, row, column, inside, height, width, step, channel, mask)
             v01, p01, m01 = _corner(value_ptr, base, row, column + 1, inside, height, width, step, channel, mask)

@@ -88,6 +88,13 @@ def test_nothing_to_attend(device):
         assert not any(tensor.any() for tensor in found)
 
 
+def test_nothing_to_attend_by_grid_sampling():
+    sizes, (value, locations, weights) = inputs("odd channels", "cpu", torch.float32)
+    found = gradients(attention._by_grid_sampling, sizes, (value, locations[:, :0], weights[:, :0]))
+    assert found[0].shape == (1, 0, 40)
+    assert not found[1].any()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_grid_sampling_where_the_kernels_do_not_go(device, monkeypatch):
     value = torch.ones(1, 4, 1, 8, device=device)
@@ -132,7 +139,7 @@ def test_compiles(architecture):
     from triton.compiler import ASTSource, compile
     from visionmamba.kernels.triton import deformable_attention as kernels
 
-    constants = {"BLOCK": 32, "CHANNELS": 32, "POINTS": 4}
+    constants = {"BLOCK": 32, "CHANNELS": 32, "LEVELS": 3, "POINTS": 4}
     kinds = dict.fromkeys(constants, "constexpr") | {"sizes_ptr": "*i64", "starts_ptr": "*i64"}
     for kernel in (kernels.deformable_attention, kernels.deformable_attention_backward):
         types = {name: kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}

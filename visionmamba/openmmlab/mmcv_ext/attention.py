@@ -68,7 +68,7 @@ def _launch(kernel: Any, tensors: Sequence[torch.Tensor], value: torch.Tensor, l
     width = _triton.power_of_two(channels)
     block = max(1, _ELEMENTS // width)
     kernel[-(-queries // block), heads, batch](
-        *tensors, tokens, queries, channels, levels, BLOCK=block, CHANNELS=width, POINTS=points, num_warps=4
+        *tensors, tokens, queries, channels, BLOCK=block, CHANNELS=width, LEVELS=levels, POINTS=points, num_warps=4
     )
 
 
@@ -135,7 +135,7 @@ def _by_grid_sampling(value, sizes, locations, weights) -> torch.Tensor:
         grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)  # (B heads, queries, points, 2)
         samples.append(F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
     sampled = torch.stack(samples, dim=-2).flatten(-2)  # (B heads, channels, queries, levels points)
-    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
+    weights = weights.transpose(1, 2).flatten(3).flatten(0, 1)[:, None]
     out = (sampled * weights).sum(-1).view(batch, heads * channels, queries)
     return out.transpose(1, 2).contiguous()
 
