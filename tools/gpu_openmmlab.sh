@@ -34,7 +34,7 @@ if [ -n "$tiny" ]; then
   det_small=("${small[@]}" "train_dataloader.dataset.pipeline.2.scale=(96,96)" "val_dataloader.dataset.pipeline.1.scale=(96,96)")
   seg_small=("${small[@]}" "model.data_preprocessor.size=(96,96)")
 else
-  few=(--workers 12) many=(--train 12000 --workers 12) bench=() seconds=${TIME:-180} short=2 interval=10 small=() det_small=()
+  few=(--workers 12) many=(--train 6000 --val 200 --workers 14) bench=() seconds=${TIME:-180} short=2 interval=10 small=() det_small=()
   seg_small=(optim_wrapper.dtype=bfloat16 --amp) # after --cfg-options' values: mixed precision
 fi
 det_configs=configs/detection/digit_scenes
