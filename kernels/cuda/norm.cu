@@ -1,8 +1,8 @@
-// LayerNorm and RMSNorm of rows, with an addition to the rows first: forward and backward. See kernels/README.md.
+// LayerNorm and RMSNorm of rows, with an addition to the rows or to their channels first: forward and backward. See kernels/README.md.
 //
 // ROW_LANES threads hold a row, each ITERS times VEC neighbouring channels, and keep their channels from row to row: weights
 // are read once, and their gradients are summed in registers.
-// Macros: ACT; X_FLOAT, ADDED_FLOAT, OUT_FLOAT (those rows are float32 and not ACT); ROW_LANES, ITERS, VEC; ADD; RMS.
+// Macros: ACT; X_FLOAT, ADDED_FLOAT, OUT_FLOAT (those rows are float32 and not ACT); ROW_LANES, ITERS, VEC; ADD; SHIFT; RMS.
 #include "common.cuh"
 
 constexpr int THREADS = 256, GROUPS = THREADS / ROW_LANES, WIDTH = ROW_LANES * VEC;
@@ -27,13 +27,14 @@ struct NormArgs {
   const x_t* x;              // (rows, C); in the backward the sum that was normalised
   const added_t* added;      // (rows, C), or null
   const float *weight, *bias;
+  const float* shift;        // (C), or null: added to every row
   out_t* out;                // (rows, C)
   x_t* total;                // (rows, C), or null: x + scale added
   const out_t* dout;
   const x_t* dtotal;         // or null
   x_t* dx;
   added_t* dadded;           // or null
-  float* dparams;            // (blocks, C) for the weight, then (blocks, C) for the bias, row by row
+  float* dparams;            // (blocks, C) for the weight, those for the bias, those for the shift, row by row
   int64 rows, blocks;
   int C, eps_bits, scale_bits, has_bias;
 };
@@ -72,6 +73,15 @@ __device__ __forceinline__ float row_sum(float x) {
   return x;
 }
 
+#if SHIFT
+__device__ __forceinline__ void add(float f[ITERS][VEC], const float g[ITERS][VEC]) {
+#pragma unroll
+  for (int i = 0; i < ITERS; i++)
+#pragma unroll
+    for (int v = 0; v < VEC; v++) f[i][v] += g[i][v];
+}
+#endif
+
 // Replace a row by its normal form; returns the reciprocal deviation. Columns past C stay 0.
 __device__ __forceinline__ float normalise(float f[ITERS][VEC], int lane, int C, float eps) {
   const float share = 1.f / C;
@@ -106,12 +116,19 @@ extern "C" __global__ void __launch_bounds__(256) norm_forward(const __grid_cons
   float weight[ITERS][VEC], bias[ITERS][VEC];
   load_row(p.weight, lane, C, weight);
   if (p.has_bias) load_row(p.bias, lane, C, bias);
+#if SHIFT
+  float shift[ITERS][VEC];
+  load_row(p.shift, lane, C, shift);
+#endif
   for (int64 first = (int64)blockIdx.x * GROUPS; first < p.rows; first += p.blocks * GROUPS) {
     const int64 row = first + threadIdx.x / ROW_LANES;
     const bool present = row < p.rows;  // all lanes of a warp take part in its sums
     const int64 at = (present ? row : first) * C;
     float f[ITERS][VEC];
     load_row(p.x + at, lane, C, f);
+#if SHIFT
+    add(f, shift);
+#endif
 #if ADD
     const float scale = bits_to_float((uint32)p.scale_bits);
     float g[ITERS][VEC];
@@ -167,6 +184,10 @@ extern "C" __global__ void __launch_bounds__(256) norm_backward(const __grid_con
   for (int i = 0; i < ITERS; i++)
 #pragma unroll
     for (int v = 0; v < VEC; v++) dweight[i][v] = dbias[i][v] = 0.f;
+#if SHIFT
+  float shift[ITERS][VEC], dshift[ITERS][VEC] = {};
+  load_row(p.shift, lane, C, shift);
+#endif
   for (int64 first = (int64)blockIdx.x * GROUPS; first < p.rows; first += p.blocks * GROUPS) {
     const int64 row = first + threadIdx.x / ROW_LANES;
     const bool present = row < p.rows;
@@ -174,6 +195,9 @@ extern "C" __global__ void __launch_bounds__(256) norm_backward(const __grid_con
     float f[ITERS][VEC], g[ITERS][VEC];
     load_row(p.x + at, lane, C, f);
     load_row(p.dout + at, lane, C, g);
+#if SHIFT
+    add(f, shift);
+#endif
     const float rstd = normalise(f, lane, C, eps);
     float mean = 0.f, along = 0.f;  // of the gradient, and of its product with the normal form
 #pragma unroll
@@ -202,6 +226,9 @@ extern "C" __global__ void __launch_bounds__(256) norm_backward(const __grid_con
         for (int v = 0; v < VEC; v++) g[i][v] += f[i][v];
     }
     if (present) store_row(p.dx + at, lane, C, g);
+#if SHIFT
+    if (present) add(dshift, g);
+#endif
 #if ADD
 #pragma unroll
     for (int i = 0; i < ITERS; i++)
@@ -210,9 +237,12 @@ extern "C" __global__ void __launch_bounds__(256) norm_backward(const __grid_con
     if (present) store_row(p.dadded + at, lane, C, g);
 #endif
   }
-  const int width = RMS ? C : 2 * C;
+  const int width = (RMS ? 1 : 2) * C + SHIFT * C;
   block_sums(dweight, lane, C, p.dparams + (int64)blockIdx.x * width);
 #if !RMS
   block_sums(dbias, lane, C, p.dparams + (int64)blockIdx.x * width + C);
+#endif
+#if SHIFT
+  block_sums(dshift, lane, C, p.dparams + (int64)blockIdx.x * width + width - C);
 #endif
 }

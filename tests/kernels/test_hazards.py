@@ -52,10 +52,10 @@ CONVOLUTIONS = [
 ONE_CONVOLUTION = [("h", (20,), 4, False), ("h,v_flip", (5, 9), 3, True), ("w3,h|cls", (5, 6), 2, False)]
 CONV_UPDATES = [(1, "plain"), (3, "slots"), (7, "circular"), (3, "circular_slots")]
 NORMS = [
-    (96, F32, BF16, BF16, False, True),
-    (33, F32, None, F16, False, False),
-    (50, F16, F16, F32, True, True),
-    (7, BF16, None, BF16, False, True),
+    (96, F32, BF16, BF16, False, True, False),
+    (33, F32, None, F16, False, False, False),
+    (50, F16, F16, F32, True, True, False),
+    (7, BF16, None, BF16, False, True, True),
 ]
 
 
@@ -131,7 +131,11 @@ FILES = {
     "dt_products.cu": [(step_sizes, ("stage1", BF16))],
     "dt_projection.cu": [(step_sizes, ("odd", F32))],
     "merge.cu": [(step_sizes, ("odd", F32)), (scan, "vim_of_a_few_tokens")],
-    "norm.cu": [(norm, (96, F32, BF16, BF16, False, True)), (norm, (384, BF16, BF16, BF16, True, True))],
+    "norm.cu": [
+        (norm, (96, F32, BF16, BF16, False, True, False)),
+        (norm, (384, BF16, BF16, BF16, True, True, False)),
+        (norm, (48, BF16, None, F32, False, True, True)),
+    ],
     "pair_backward.cu": [(pair, "one_pair_float32_delta"), (pair, "float16_in_three_rounds")],
     "pair_links.cu": [(pair, "one_pair_float32_delta")],
     "pair_walk.cuh": [(pair, "float16_in_three_rounds")],

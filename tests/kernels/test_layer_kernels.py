@@ -32,29 +32,31 @@ def double(x):
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize(
-    ("channels", "x", "added", "out", "rms", "has_bias"),
+    ("channels", "x", "added", "out", "rms", "has_bias", "has_shift"),
     [
-        (96, F32, BF16, BF16, False, True),
-        (48, BF16, None, F32, False, True),
-        (70, F32, F32, F32, True, False),
-        (33, F32, None, F16, False, False),
-        (384, BF16, BF16, BF16, True, True),
+        (96, F32, BF16, BF16, False, True, False),
+        (48, BF16, None, F32, False, True, True),
+        (70, F32, F32, F32, True, False, False),
+        (33, F32, None, F16, False, False, False),
+        (50, F32, None, BF16, True, True, True),
+        (192, BF16, None, BF16, False, False, True),
+        (384, BF16, BF16, BF16, True, True, False),
     ],
 )
-def test_against_float64(channels, x, added, out, rms, has_bias, monkeypatch):
+def test_against_float64(channels, x, added, out, rms, has_bias, has_shift, monkeypatch):
     monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: EmulatedLauncher(2))
     torch.manual_seed(0)
     shape, weight, bias = (3, 37, channels), torch.randn(channels), torch.randn(channels) if has_bias else None
-    stream = (torch.randn(shape) + 1).to(x)
+    stream, shift = (torch.randn(shape) + 1).to(x), torch.randn(channels) if has_shift else None
     branch = None if added is None else torch.randn(shape).to(added)
     dout, dtotal = torch.randn(shape).to(out), None if added is None else torch.randn(shape).to(x)
     options = (1e-5, rms, 0.5)
-    found = cuda_norm.forward(stream, branch, weight, bias, *options, out)
+    found = cuda_norm.forward(stream, branch, weight, bias, shift, *options, out)
     wide = torch.float64
-    exact = plain.forward(double(stream), double(branch), double(weight), double(bias), *options, wide)
+    exact = plain.forward(double(stream), double(branch), double(weight), double(bias), double(shift), *options, wide)
     total = stream if branch is None else found[1]
-    found = (*found, *cuda_norm.backward(dout, dtotal, total, weight, bias, *options, added))
-    tensors = (double(t) for t in (dout, dtotal, total, weight, bias))
+    found = (*found, *cuda_norm.backward(dout, dtotal, total, weight, bias, shift, *options, added))
+    tensors = (double(t) for t in (dout, dtotal, total, weight, bias, shift))
     exact = (*exact, *plain.backward(*tensors, *options, None if added is None else wide))
     for actual, expected in zip(found, exact, strict=True):
         assert (actual is None) == (expected is None)
@@ -79,11 +81,11 @@ def test_rows_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("channels", [96, pytest.param(1024, marks=pytest.mark.slow)])
 def test_compiles_without_spills(channels, architecture):
-    macros = cuda_norm.macros(channels, F32, BF16, BF16, rms=False)
-    log = cuda_runtime.compile_log("norm.cu", macros, architecture)
-    assert (
-        log.count("0 bytes spill stores, 0 bytes spill loads") == len(re.findall("Compiling entry function", log)) == 2
-    )
+    for options in (dict(x=F32, added=BF16, shift=False), dict(x=BF16, added=None, shift=True)):
+        macros = cuda_norm.macros(channels, out=BF16, rms=False, **options)
+        log = cuda_runtime.compile_log("norm.cu", macros, architecture)
+        kernels = len(re.findall("Compiling entry function", log))
+        assert log.count("0 bytes spill stores, 0 bytes spill loads") == kernels == 2
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")

@@ -6,7 +6,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionmamba.layers import LayerNorm, StreamLayerNorm, StreamRMSNorm, before_linear, norm, residual_stream
+from visionmamba.layers import (
+    ConvDownsample,
+    ConvPatchEmbed,
+    LayerNorm,
+    StreamLayerNorm,
+    StreamRMSNorm,
+    before_linear,
+    norm,
+    residual_stream,
+)
 from visionmamba.layers.fusion import fuses, unwatched
 from visionmamba.layers.norm import _joins as joins
 from visionmamba.layers.norm import add_norm
@@ -63,6 +72,35 @@ def test_sum_and_norm_together(fused):
     assert not joins(x, added, layer)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_of_a_convolution_added_by_the_norm(dtype, monkeypatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(ConvPatchEmbed(4, 3, 16), ConvDownsample(16, 12)).to(dtype), torch.randn(2, 3, 16, 12)
+    results, shifts = [], []
+    monkeypatch.setattr(norm, "channel_norm", lambda *a, **k: shifts.append(k.get("shift")) or channel_norm(*a, **k))
+    for joined in (False, True):
+        monkeypatch.setattr(norm, "fuses", lambda _x, compiled, joined=joined: joined)
+        model.zero_grad()
+        y = model(x.to(dtype))
+        (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
+    embed, downsample = model
+    assert [id(shift) for shift in shifts] == [id(m.bias) for m in (embed.conv1, embed.conv2, downsample.conv)]
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-5
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        assert float((actual - expected).norm()) <= tolerance * float(expected.norm())
+
+
+def test_a_convolution_that_is_watched_adds_its_bias(fused, monkeypatch):
+    monkeypatch.setattr(norm, "channel_norm", None)
+    conv, layer, x = ConvDownsample(4, 6).conv, nn.LayerNorm(6), torch.randn(1, 4, 4, 4)
+    torch.testing.assert_close(norm.conv_norm(x, conv, layer), layer(conv(x)))  # not a norm that can
+    conv.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="NoneType"):  # the norm by itself, after the convolution
+        norm.conv_norm(x, conv, LayerNorm(6))
+
+
 def test_gradients_of_the_sum():
     torch.manual_seed(0)
     x, added = (torch.randn(3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -73,14 +111,18 @@ def test_gradients_of_the_sum():
             (x, added, weight, bias),
         )
         assert torch.autograd.gradcheck(lambda *t: channel_norm(*t, 1e-5, rms)[0], (x, weight, bias))  # noqa: B023
+        assert torch.autograd.gradcheck(
+            lambda *t: channel_norm(*t[:3], 1e-5, rms, shift=t[3])[0],  # noqa: B023
+            (x, weight, bias, added[0].detach().requires_grad_()),
+        )
 
 
 def test_dispatcher_behaviour():
     x, added = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8).bfloat16().requires_grad_()
     weight, bias = torch.randn(2, 8).unbind()
-    arguments = (x, added, weight, bias, 1e-5, False, 0.5, torch.bfloat16)
+    arguments = (x, added, weight, bias, None, 1e-5, False, 0.5, torch.bfloat16)
     torch.library.opcheck(torch.ops.visionmamba.channel_norm.default, arguments)
-    arguments = (x, None, weight, None, 1e-5, True, 1.0, torch.float32)
+    arguments = (x, None, weight, None, bias.clone().requires_grad_(), 1e-5, True, 1.0, torch.float32)
     torch.library.opcheck(torch.ops.visionmamba.channel_norm.default, arguments)
 
 
@@ -90,6 +132,10 @@ def test_bad_input_is_named():
         channel_norm(x, torch.ones(3))
     with pytest.raises(ValueError, match=r"added: expected shape \(2, 4\), got \(4,\)"):
         channel_norm(x, weight, added=torch.ones(4))
+    with pytest.raises(ValueError, match=r"shift: expected shape \(4,\), got \(3,\)"):
+        channel_norm(x, weight, shift=torch.ones(3))
+    with pytest.raises(ValueError, match="shift: expected none where something is added"):
+        channel_norm(x, weight, added=x, shift=weight)
     with pytest.raises(TypeError, match="x: expected dtype"):
         channel_norm(x.int(), weight)
 

@@ -15,12 +15,20 @@ from timm.layers import register_notrace_function
 from ..ops.channel_norm import channel_norm
 from .fusion import fuses, unwatched
 
-__all__ = ["LayerNorm", "add_norm", "add_stream_norm", "before_linear"]
+__all__ = ["LayerNorm", "add_norm", "add_stream_norm", "before_linear", "conv_norm"]
 
 
 def _narrowed(dtype: torch.dtype, narrow: bool) -> torch.dtype:
     """Return the autocast dtype if it is wanted and there is one."""
     return torch.get_autocast_dtype("cuda") if narrow and torch.is_autocast_enabled("cuda") else dtype
+
+
+def _layer_norm_dtype(x: torch.Tensor, weight: torch.Tensor, narrow: bool) -> torch.dtype | None:
+    """Return what PyTorch's layer norm returns on a GPU, narrowed; None where it takes no such arguments."""
+    autocast = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    if not autocast and x.dtype != weight.dtype:
+        return None
+    return _narrowed(torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype, narrow)
 
 
 @torch.fx.wrap
@@ -38,10 +46,9 @@ def layer_norm(
         narrow: Under autocast, return its dtype and not float32.
     """
     if not torch.jit.is_scripting():
-        autocast = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
-        if fuses(x, compiled=False) and (autocast or x.dtype == weight.dtype):
-            dtype = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
-            return channel_norm(x, weight, bias, eps, dtype=_narrowed(dtype, narrow))[0]
+        dtype = _layer_norm_dtype(x, weight, narrow) if fuses(x, compiled=False) else None
+        if dtype is not None:
+            return channel_norm(x, weight, bias, eps, dtype=dtype)[0]
     return F.layer_norm(x, [x.shape[-1]], weight, bias, eps)
 
 
@@ -94,6 +101,24 @@ def before_linear(norm: nn.Module) -> nn.Module:
     if hasattr(norm, "narrow"):
         norm.narrow = True
     return norm
+
+
+def conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.Module) -> torch.Tensor:
+    """Return ``norm(conv(x))`` of ``(B, H, W, C)``; where that can be, the norm's operator adds the convolution's bias.
+
+    Args:
+        x: The convolution's input.
+        conv: A convolution of channels-last maps.
+        norm: What follows it.
+    """
+    joins = type(norm) is LayerNorm and conv.bias is not None and unwatched(conv, norm) and fuses(x, compiled=False)
+    if not joins or norm.weight is None:
+        return norm(conv(x))
+    x = conv._conv_forward(x.permute(0, 3, 1, 2), conv.weight, None).permute(0, 2, 3, 1)
+    dtype = _layer_norm_dtype(x, norm.weight, norm.narrow)
+    if dtype is None:
+        return norm(x + conv.bias)
+    return channel_norm(x, norm.weight, norm.bias, norm.eps, dtype=dtype, shift=conv.bias)[0]
 
 
 def _joins(x: torch.Tensor, added: torch.Tensor, norm: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from .norm import LayerNorm, before_linear
+from .norm import LayerNorm, before_linear, conv_norm
 
 __all__ = ["ChannelsLastConv2d", "ConvDownsample", "ConvPatchEmbed", "DepthwiseConv2d"]
 
@@ -79,6 +79,8 @@ class ConvPatchEmbed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Embed images ``(B, in_chans, height, width)`` as ``(B, H, W, C)``."""
         x = x.permute(0, 2, 3, 1).contiguous()
+        if not torch.jit.is_scripting():
+            return conv_norm(self.act(conv_norm(x, self.conv1, self.norm1)), self.conv2, self.norm2)
         x = self.act(self.norm1(self.conv1(x)))
         return self.norm2(self.conv2(x))
 
@@ -105,4 +107,6 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``(B, H, W, dim)`` to ``(B, ~H/2, ~W/2, out_dim)``."""
+        if not torch.jit.is_scripting():
+            return conv_norm(x, self.conv, self.norm)
         return self.norm(self.conv(x))

@@ -38,7 +38,9 @@ def row_layout(channels: int) -> tuple[int, int, int] | None:
     return min(layouts, key=lambda layout: (layout[0] * layout[1] * layout[2], abs(layout[2] - 3)))
 
 
-def macros(channels: int, x: torch.dtype, added: torch.dtype | None, out: torch.dtype, *, rms: bool) -> dict[str, int]:
+def macros(
+    channels: int, x: torch.dtype, added: torch.dtype | None, out: torch.dtype, *, rms: bool, shift: bool = False
+) -> dict[str, int]:
     """Return the macros of a specialisation of the kernel file."""
     lanes, vec, iterations = row_layout(channels)
     dtypes = {"X_FLOAT": x, "ADDED_FLOAT": added or torch.float32, "OUT_FLOAT": out}
@@ -50,6 +52,7 @@ def macros(channels: int, x: torch.dtype, added: torch.dtype | None, out: torch.
         "VEC": vec,
         "ITERS": iterations,
         "ADD": int(added is not None),
+        "SHIFT": int(shift),
         "RMS": int(rms),
     }
 
@@ -60,18 +63,18 @@ def _bits(value: float) -> int:
 
 def _run(
     name: str, specialisation: dict[str, int], x: Tensor, eps: float, scale: float, bias: Tensor | None, **tensors
-) -> int:
-    """Launch a kernel and return its blocks; ``tensors`` are the other pointers of ``NormArgs``."""
+) -> Tensor | None:
+    """Launch a kernel and return its partial sums; ``tensors`` are the other pointers of ``NormArgs``."""
     launcher = cuda_runtime.launcher(x.device)
     channels = x.shape[-1]
     rows = x.numel() // channels
     blocks = min(-(-rows // (_THREADS // specialisation["ROW_LANES"])), _BLOCKS[name] * launcher.multiprocessors)
     partial = None
     if name == "norm_backward":
-        width = channels if specialisation["RMS"] else 2 * channels
-        partial = torch.empty((blocks, width), device=x.device)
+        sums = (1 if specialisation["RMS"] else 2) + specialisation["SHIFT"]
+        partial = torch.empty((blocks, sums * channels), device=x.device)
     names = ("out", "total", "dout", "dtotal", "dx", "dadded")
-    inputs = (x, tensors.get("added"), tensors["weight"], bias)
+    inputs = (x, tensors.get("added"), tensors["weight"], bias, tensors.get("shift"))
     wide = (*map(pointer, (*inputs, *map(tensors.get, names), partial)), rows, blocks)
     narrow = (channels, _bits(eps), _bits(scale), int(bias is not None))
     launcher.run(_FILE, name, specialisation, blocks, _THREADS, Arguments(wide, narrow))
@@ -82,35 +85,39 @@ def _parameters(*tensors: Tensor | None) -> list[Tensor | None]:
     return [tensor if tensor is None else tensor.float().contiguous() for tensor in tensors]
 
 
-def forward(x, added, weight, bias, eps, rms, scale, dtype):
+def forward(x, added, weight, bias, shift, eps, rms, scale, dtype):
     """Compute the op ``visionmamba::channel_norm``."""
     x, added = x.contiguous(), None if added is None else added.contiguous()
-    weight, bias = _parameters(weight, bias)
+    weight, bias, shift = _parameters(weight, bias, shift)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     total = None if added is None else torch.empty_like(x)
-    specialisation = macros(x.shape[-1], x.dtype, None if added is None else added.dtype, dtype, rms=rms)
-    _run("norm_forward", specialisation, x, eps, scale, bias, added=added, weight=weight, out=out, total=total)
+    added_dtype, shifted = None if added is None else added.dtype, shift is not None
+    specialisation = macros(x.shape[-1], x.dtype, added_dtype, dtype, rms=rms, shift=shifted)
+    tensors = dict(added=added, weight=weight, shift=shift, out=out, total=total)
+    _run("norm_forward", specialisation, x, eps, scale, bias, **tensors)
     return out, total
 
 
-def backward(dout, dtotal, total, weight, bias, eps, rms, scale, added_dtype):
-    """Compute the gradients of x, added, weight and bias; None for absent ones."""
+def backward(dout, dtotal, total, weight, bias, shift, eps, rms, scale, added_dtype):
+    """Compute the gradients of x, added, weight, bias and shift; None for absent ones."""
     dout, total = dout.contiguous(), total.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
-    (wide_weight,) = _parameters(weight)
+    wide_weight, wide_shift = _parameters(weight, shift)
     dx = torch.empty_like(total)
     dadded = None if added_dtype is None else torch.empty(total.shape, dtype=added_dtype, device=total.device)
-    specialisation = macros(total.shape[-1], total.dtype, added_dtype, dout.dtype, rms=rms)
+    shifted = shift is not None
+    specialisation = macros(total.shape[-1], total.dtype, added_dtype, dout.dtype, rms=rms, shift=shifted)
     partial = _run(
-        "norm_backward", specialisation, total, eps, scale, None, weight=wide_weight, dout=dout, dtotal=dtotal, dx=dx,
-        dadded=dadded,
+        "norm_backward", specialisation, total, eps, scale, None, weight=wide_weight, shift=wide_shift, dout=dout,
+        dtotal=dtotal, dx=dx, dadded=dadded,
     )  # fmt: skip
     channels = total.shape[-1]
     launcher = cuda_runtime.launcher(total.device)
-    dweight, *dbias = sum_rows(launcher, partial, torch.float32, [channels] * (1 if rms else 2))
+    dweight, *others = sum_rows(launcher, partial, torch.float32, [channels] * (partial.shape[1] // channels))
+    dshift = others.pop() if shifted else None
     if bias is not None and rms:
-        dbias = [dout.flatten(0, -2).sum(0, dtype=torch.float32)]
-    return dx, dadded, dweight, None if bias is None else dbias[0]
+        others = [dout.flatten(0, -2).sum(0, dtype=torch.float32)]
+    return dx, dadded, dweight, None if bias is None else others[0], dshift
 
 
 def _supports(x, *others) -> str | None:
