@@ -83,6 +83,32 @@ template <int V> __device__ __forceinline__ void reduce_projection(const Project
 extern "C" __global__ void __launch_bounds__(256) reduce_projections_1(const __grid_constant__ ProjectionArgs p) { reduce_projection<1>(p); }
 extern "C" __global__ void __launch_bounds__(256) reduce_projections_4(const __grid_constant__ ProjectionArgs p) { reduce_projection<4>(p); }
 
+// The same for one state: a thread sums those of a token, whose directions lie side by side, V at a time.
+template <int V> __device__ __forceinline__ void reduce_projection_of_one_state(const ProjectionArgs& p) {
+  const int b = blockIdx.x / p.blocks, l = (blockIdx.x - b * p.blocks) * 256 + threadIdx.x;
+  if (l >= p.L) return;
+  for (int k = 0; k < p.K; k += V) {
+    const Pair* from = (const Pair*)p.partial + ((int64)b * p.K + k) * p.tiles * p.L + l;
+    float B[V], C[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) B[v] = C[v] = 0.f;
+#pragma unroll 3
+    for (int i = 0; i < p.tiles; i++)
+#pragma unroll
+      for (int v = 0; v < V; v++) {
+        const Pair f = from[((int64)v * p.tiles + i) * p.L];
+        B[v] += f.x; C[v] += f.y;
+      }
+    const int64 to = ((int64)b * p.L + l) * p.K + k;
+    store_act<V>(p.dB + to, B);
+    store_act<V>(p.dC + to, C);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256) reduce_one_state_1(const __grid_constant__ ProjectionArgs p) { reduce_projection_of_one_state<1>(p); }
+extern "C" __global__ void __launch_bounds__(256) reduce_one_state_2(const __grid_constant__ ProjectionArgs p) { reduce_projection_of_one_state<2>(p); }
+extern "C" __global__ void __launch_bounds__(256) reduce_one_state_4(const __grid_constant__ ProjectionArgs p) { reduce_projection_of_one_state<4>(p); }
+
 struct RowsArgs {
   const float* partial;          // (rows, width)
   float *first, *second, *third; // the column sums: up to first_end, up to second_end, and the rest

@@ -52,7 +52,7 @@ struct Backward : Walk {
   __device__ __forceinline__ void begin(int piece, int turn) const {
     char* to = buffers + turn * MAIN_BUFFER;
     if (at.ok) copy_16(to + LINKS_AT + at.lane * 16, row_of(links, piece, p.channels * 8));
-    if (!FIRST && Rows<float>::present(p, at)) Rows<float>::copy(at, common.tokens_of(turn), to + BEFORE_AT, before_rows, p.channels * 4, true);
+    if (!FIRST && Rows<float>::present(p, at)) Rows<float>(at, common.tokens_of(turn)).copy(at, to + BEFORE_AT, before_rows, p.channels * 4, true);
   }
 
   // The state (times DECAY_SCALE) before a lane's steps and the adjoint behind them: the second chunk takes the state from the
@@ -65,10 +65,11 @@ struct Backward : Walk {
     for (int v = 0; v < VEC; v++) {
       state[v] = at.ok ? entering[2 * v] : 0.f;
       carried[v] = at.ok ? entering[2 * v + 1] : 0.f;
-      const float other = __shfl_xor_sync(FULL_WARP, first ? own[v].h : own[v].g, LANES);
+      const float other = __shfl_xor_sync(FULL_WARP, choose(first, own[v].h, own[v].g), LANES);
       const float decay = decay_of(__shfl_xor_sync(FULL_WARP, own[v].x, LANES), A[v]);
-      const float next = decay * (first ? carried[v] : state[v]) + other;
-      if (first) carried[v] = next; else state[v] = next;
+      const float next = decay * choose(first, carried[v], state[v]) + other;
+      carried[v] = choose(first, next, carried[v]);
+      state[v] = choose(first, state[v], next);
     }
   }
 

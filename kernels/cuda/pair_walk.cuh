@@ -39,6 +39,7 @@ struct PairArgs {
   int64 u_b, delta_b, B_b, C_b, dy_b;  // strides: _b and _k in elements, _l in bytes
   int u_l, delta_l, delta_k, B_l, B_k, C_l, C_k, dy_l;
   int L, P, channels, K, tiles, pieces, groups;
+  int batch, last_first;          // whether the last image comes first: what it was made from may still be in a cache
   int pairs, ahead[4], back[4];   // the pairs of this launch: a direction and its reverse
 };
 
@@ -53,6 +54,17 @@ template <class T> __device__ __forceinline__ T* kept(T* address) {
   return address;
 }
 
+// yes ? a : b, which the compiler cannot turn into a branch: shuffles behind one that parts a warp take ten times as long.
+__device__ __forceinline__ float choose(bool yes, float a, float b) {
+#ifdef VM_EMULATE
+  return yes ? a : b;
+#else
+  float chosen;
+  asm("{ .reg .pred yes; setp.ne.s32 yes, %3, 0; selp.f32 %0, %1, %2, yes; }" : "=f"(chosen) : "f"(a), "f"(b), "r"((int)yes));
+  return chosen;
+#endif
+}
+
 struct Seat {
   int b, pair, tile, group, lane, warp, chunk, column, channel;
   bool ok;
@@ -61,8 +73,9 @@ struct Seat {
     tile = i % p.tiles; i /= p.tiles;
     group = i % p.groups; i /= p.groups;
     pair = i % p.pairs;
-    b = i / p.pairs;
-    lane = threadIdx.x & 31; warp = threadIdx.x >> 5;
+    b = p.last_first ? p.batch - 1 - i / p.pairs : i / p.pairs;
+    lane = threadIdx.x & 31;
+    warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0);  // the compiler learns that it is the same for all lanes
     chunk = lane / LANES;
     column = (lane % LANES) * VEC;
     ok = FULL || tile * TILE_CHANNELS + column < p.channels;
@@ -118,12 +131,16 @@ template <class T> struct Rows {
   static __device__ __forceinline__ int wanted(const Seat& at) { return at.tile * TILE_CHANNELS + at.lane % PER_ROW * (16 / (int)sizeof(T)); }
   static __device__ __forceinline__ bool present(const PairArgs& p, const Seat& at) { return FULL || wanted(at) < p.channels; }
   static __device__ __forceinline__ int channel(const PairArgs& p, const Seat& at) { return present(p, at) ? wanted(at) : 0; }
-  static __device__ __forceinline__ void copy(const Seat& at, const int* tokens, char* to, const T* from, int stride, bool written = false) {
+  int token[TURNS];  // of the rows that a lane copies
+  __device__ __forceinline__ Rows(const Seat& at, const int* tokens) {
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) token[i] = tokens[Common::slot(min((i * 32 + at.lane) / PER_ROW, PIECE - 1))];
+  }
+  __device__ __forceinline__ void copy(const Seat& at, char* to, const T* from, int stride, bool written = false) const {
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
-      const int part = i * 32 + at.lane, row = part / PER_ROW;
-      if (row < PIECE && (FULL || !written || tokens[Common::slot(row)] >= 0))
-        copy_16(to + part * 16, row_of(from, row_seen(tokens[Common::slot(row)]), stride));
+      const int part = i * 32 + at.lane;
+      if (part < PIECE * PER_ROW && (FULL || !written || token[i] >= 0)) copy_16(to + part * 16, row_of(from, row_seen(token[i]), stride));
     }
   }
 };
@@ -158,12 +175,13 @@ struct Walk {
 
   // Begins the copies of the piece whose tokens are those of `turn`.
   __device__ __forceinline__ void copy(int turn, int buffer) const {
-    const int* tokens = common.tokens_of(turn);
+    const Rows<delta_t> delta_rows(at, common.tokens_of(turn));
+    const Rows<act_t> rows(at, common.tokens_of(turn));
     char* to = buffers + turn * buffer;
 #pragma unroll
-    for (int r = 0; r < 2; r++) Rows<delta_t>::copy(at, tokens, to + DELTA_AT + r * PIECE * DELTA_ROW, delta_0[r], p.delta_l);
-    Rows<act_t>::copy(at, tokens, to, u_0, p.u_l);
-    Rows<act_t>::copy(at, tokens, to + DY_AT, dy_0, p.dy_l);
+    for (int r = 0; r < 2; r++) delta_rows.copy(at, to + DELTA_AT + r * PIECE * DELTA_ROW, delta_0[r], p.delta_l);
+    rows.copy(at, to, u_0, p.u_l);
+    rows.copy(at, to + DY_AT, dy_0, p.dy_l);
   }
   __device__ __forceinline__ void load(int turn, int buffer) {
     load_ints<SLOTS>(common.tokens_of(turn) + at.chunk * SLOTS, token);
@@ -233,8 +251,10 @@ template <class Walker, class Begin, class Work> __device__ __forceinline__ void
 
 // A parameter of the block's channels, both directions.
 __device__ __forceinline__ void stage_parameter(const PairArgs& p, const Seat& at, const float* from, float factor, float* to) {
-  for (int i = threadIdx.x; i < 2 * TILE_CHANNELS; i += THREADS) {
-    const int channel = at.tile * TILE_CHANNELS + i % TILE_CHANNELS;
+#pragma unroll
+  for (int turn = 0; turn < (2 * TILE_CHANNELS + THREADS - 1) / THREADS; turn++) {
+    const int i = turn * THREADS + threadIdx.x, channel = at.tile * TILE_CHANNELS + i % TILE_CHANNELS;
+    if (i >= 2 * TILE_CHANNELS) break;
     to[i] = from != nullptr && channel < p.channels ? from[at.direction(p, i >= TILE_CHANNELS) * p.channels + channel] * factor : 0.f;
   }
 }

@@ -55,7 +55,8 @@ NORMS = [
     (96, F32, BF16, BF16, False, True, False),
     (33, F32, None, F16, False, False, False),
     (50, F16, F16, F32, True, True, False),
-    (7, BF16, None, BF16, False, True, True),
+    (7, BF16, None, BF16, False, True, False),
+    (36, BF16, None, BF16, False, True, True),
 ]
 
 

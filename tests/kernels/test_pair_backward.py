@@ -20,6 +20,8 @@ CASES = {
     "one_pair_float32_delta": dict(path="h_flip,h", grid=(5, 7), channels=8, delta=torch.float32),
     "three_pairs": dict(path="h,h_flip,snake_v,v_flip,v,snake_v_flip", grid=(9, 8), channels=32, rounds=2),
     "windows_with_padding": dict(path="w3,w3_flip", grid=(7, 5), channels=8),
+    "combined_in_registers": dict(path=CROSS, grid=(15, 11), channels=40, parts=((3, 7),)),
+    "combined_in_turns": dict(path=CROSS, grid=(18, 16), channels=40, parts=()),
     "no_softplus": dict(path="h,h_flip", grid=(6, 5), channels=8, softplus=False),
 }
 
@@ -49,6 +51,7 @@ def relative(actual, exact):
 def test_gradients(name, monkeypatch):
     case = dict(CASES[name])
     rounds, softplus = case.pop("rounds", None), case.pop("softplus", True)
+    monkeypatch.setattr(cuda_pair, "_PARTS", case.pop("parts", cuda_pair._PARTS))
     emulated = EmulatedLauncher()
     monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: emulated)
     u, delta, A, B, C, D, bias, state = make(**case)
@@ -70,6 +73,19 @@ def test_gradients(name, monkeypatch):
     found = dict(du=du, ddelta=ddelta, dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias, dstate=dstate)
     for key, exact in expected.items():
         assert relative(found[key], exact) <= (1e-6 if found[key].dtype == torch.float32 else 2**-9), key
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("path", ["h", "h,v", "h,v,h_flip", CROSS])
+def test_projections_of_one_state(path, monkeypatch):
+    monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: EmulatedLauncher())
+    u, delta, A, B, C, D, bias, _ = make(path, (19, 14), 8)
+    call = Call(u, delta, A, B, C, D, bias, path, (19, 14), True, False)
+    parts = torch.randn(2, call.directions, 5, 266, 2)
+    dB, dC = call.projections(parts, 5)
+    exact = parts.double().sum(2).permute(3, 0, 2, 1)[..., None]
+    assert relative(dB, exact[0]) <= 2**-9
+    assert relative(dC, exact[1]) <= 2**-9
 
 
 def test_pairs_of_directions():

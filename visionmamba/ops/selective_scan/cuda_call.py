@@ -209,6 +209,14 @@ class Call:
         """Sum the channel blocks' (B, K, tiles, L, 2N) to dB and dC, (B, L, K, N)."""
         shape = (self.batch, self.num_tokens, self.directions, self.states)
         dB, dC = (self.empty(*shape, dtype=self.u.dtype) for _ in range(2))
+        if self.states == 1 and self.num_tokens > 256:  # enough of them for a thread each
+            vec = next(vec for vec in (4, 2, 1) if self.directions % vec == 0)
+            per_image = -(-self.num_tokens // 256)
+            arguments = Arguments(
+                tuple(map(pointer, (partial, dB, dC))), (self.directions, self.num_tokens, 1, tiles, per_image, 0)
+            )
+            self._merge_kernel(f"reduce_one_state_{vec}", self.batch * per_image, arguments)
+            return dB, dC
         vec = 4 if self.states % 4 == 0 else 1
         per_plane = -(-self.num_tokens * 2 * self.states // (256 * vec))
         sizes = (self.directions, self.num_tokens, self.states, tiles, per_plane, 0)

@@ -19,8 +19,9 @@ _TILE, _VEC, _PIECE, _ROW, _SUMS = 32, 2, 14, 16, 16
 _MAX_PAIRS = 4
 _WARPS = 4
 _ROUNDS = 7  # pieces that a warp takes at most
-_BLOCKS = {"pair_links": 5, "pair_backward": 2}  # blocks a multiprocessor that registers must suffice for
-_LEAST_STEPS, _MOST_STEPS = 1601, 8192  # shorter paths have the tile kernel; longer ones take long to combine
+_BLOCKS = {"pair_links": 4, "pair_backward": 2}  # blocks a multiprocessor that registers must suffice for
+_PARTS = ((8, 7), (8, 14), (8, 28), (16, 28))  # threads a channel of pair_combine, pieces in the registers of each
+_LEAST_STEPS, _MOST_STEPS = 700, 1 << 17  # shorter paths have the tile kernel; of longer ones nothing is known
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,18 @@ def plan(call: Call, dy: Tensor, least_steps: int = _LEAST_STEPS, most_steps: in
     return PairPlan(pairs, pieces, rounds, whole)
 
 
+def _parts(pieces: int) -> tuple[int, int]:
+    """Return how many threads combine the pieces of a channel, and how many pieces of each stay in registers."""
+    return next(((parts, length) for parts, length in _PARTS if parts * length >= pieces), (32, 0))
+
+
 def macros(dtype: torch.dtype, cut: PairPlan, flags: dict[str, int], name: str, pair: int = 0) -> dict[str, int]:
     """Return the macros of a specialisation of the kernel file ``name``; ``pair``: which of the pairs it is for."""
     chosen = {name: flags[name] for name in ("DELTA_FLOAT", "SOFTPLUS")}
     chosen |= {"ACT": ACT[dtype], "WARPS": _WARPS, "MIN_BLOCKS": _BLOCKS[name], "ROUNDS": cut.rounds}
+    if name == "pair_links":
+        parts, length = _parts(cut.pieces)
+        chosen |= {"PARTS": parts, "LENGTH": length}
     if name == "pair_backward":
         chosen |= {"FIRST": int(pair == 0), "LAST": int(pair == len(cut.pairs) - 1)}
     return chosen | {"FULL": int(cut.full)}
@@ -128,21 +137,22 @@ def backward(call: Call, cut: PairPlan, dy: Tensor, dlast: Tensor | None, initia
     results = (du, before, ddelta, dBC, dparams, dstate, spans, links)
     wide = (*map(pointer, (*tensors, *results)), *(stride[0] for stride in flat))
     u, delta, B, C, out = (stride[1:] for stride in flat)
-    sizes = (tokens, cut.pieces * _PIECE, channels, directions, tiles, cut.pieces, cut.groups)
+    sizes = (tokens, cut.pieces * _PIECE, channels, directions, tiles, cut.pieces, cut.groups, batch)
 
-    def run(name: str, pairs: tuple[tuple[int, int], ...], first: bool = True) -> None:
+    def run(name: str, pairs: tuple[tuple[int, int], ...], first: bool = True, last_first: bool = False) -> None:
         ahead, back = ([pair[i] for pair in pairs] + [0] * (_MAX_PAIRS - len(pairs)) for i in range(2))
-        narrow = (u[0], *delta, *B, *C, out[0], *sizes, len(pairs), *ahead, *back)
+        narrow = (u[0], *delta, *B, *C, out[0], *sizes, int(last_first), len(pairs), *ahead, *back)
         file = "pair_backward" if name == "pair_backward" else "pair_links"
         blocks, threads = batch * len(pairs) * cut.groups * tiles, 32 * _WARPS
         shared_bytes = _shared_bytes(call, name, first)
         if name == "pair_combine":
-            blocks, threads, shared_bytes = batch * directions * -(-channels // 32), 256, 0
+            blocks, threads = batch * directions * -(-channels // 32), 32 * _parts(cut.pieces)[0]
+            shared_bytes = 0
         specialisation = macros(call.u.dtype, cut, call.flags, file, cut.pairs.index(pairs[0]))
         call.launcher.run(f"{file}.cu", name, specialisation, blocks, threads, Arguments(wide, narrow), shared_bytes)
 
     run("pair_links", cut.pairs)
-    run("pair_combine", cut.pairs)
+    run("pair_combine", cut.pairs, last_first=True)
     for i, pair in enumerate(cut.pairs):
-        run("pair_backward", (pair,), first=i == 0)
+        run("pair_backward", (pair,), first=i == 0, last_first=i % 2 == 1)
     return du, ddelta, *call.projections(dBC, tiles), *call.parameters(dparams), dstate
