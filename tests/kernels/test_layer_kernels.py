@@ -107,7 +107,7 @@ def test_activation_compiles_without_spills(architecture):
 
 LOW_RANK = {
     "stage1": (2, 49, 4, 6, 96), "odd": (3, 50, 1, 3, 7), "wide": (2, 30, 2, 48, 130), "one": (2, 9, 4, 1, 33),
-    "tiles": (1, 33, 1, 24, 772), "odd_rank": (1, 70, 2, 11, 36),
+    "tiles": (1, 33, 1, 24, 772), "odd_rank": (1, 70, 2, 11, 36), "empty": (0, 9, 2, 3, 8),
 }  # fmt: skip
 
 

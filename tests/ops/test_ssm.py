@@ -44,6 +44,18 @@ def test_same_as_its_parts(name, dtype, monkeypatch, device, backend_name):
         assert float((actual - expected).norm()) <= tolerance * float(expected.norm())
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_no_images(name, monkeypatch, device, backend_name):
+    options, gated = CASES[name]
+    if backend_name == "triton" and "d_conv" in options:
+        pytest.skip("the convolution has no Triton kernel")
+    x, z = torch.randn(2, 0, 35, 24, device=device)
+    layer = SelectiveSSM(24, **options).to(device)
+    y, *gradients = run(layer, x, z if gated else None, True, monkeypatch)
+    assert y.shape[:2] == (0, 35)
+    assert not any(gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
 def test_input_projection_computed_anew(dtype, monkeypatch):
     torch.manual_seed(0)

@@ -34,7 +34,7 @@ def _projection(weight: Tensor, u: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[0] * x.shape[1], -1)
+    return x.flatten(0, 1).flatten(1)
 
 
 def _enter(x: Tensor, z: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -169,5 +169,5 @@ def expand_delta_backward(dexpanded: Tensor, delta: Tensor, weight: Tensor) -> t
     call = _Projection("dt_backward", delta, weight)
     dx, dweight = call.empty(call.tiles, *delta.shape), call.empty(call.chunks, *weight.shape)
     call.run(dexpanded, dx, dweight)
-    (dweight,) = sum_rows(call.launcher, dweight.view(call.chunks, -1), delta.dtype, [weight.numel()])
+    (dweight,) = sum_rows(call.launcher, dweight.flatten(1), delta.dtype, [weight.numel()])
     return dx[0] if call.tiles == 1 else dx.sum(0), dweight.view(weight.shape)
