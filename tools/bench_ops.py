@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from visionmamba.analysis.environment import environment
 from visionmamba.ops import causal_conv1d, selective_scan
 from visionmamba.ops.scan_path import scan_path
 
@@ -186,7 +187,7 @@ def provenance() -> dict[str, str]:
         "driver": output("nvidia-smi", "-i", "0", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": output("git", "rev-parse", "HEAD"),
+        "commit": environment()["commit"] or "",
     }
 
 
