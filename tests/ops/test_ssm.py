@@ -56,18 +56,16 @@ def test_no_images(name, monkeypatch, device, backend_name):
     assert not any(gradient.any() for gradient in gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
-def test_input_projection_computed_anew(dtype, monkeypatch):
-    torch.manual_seed(0)
-    mixer = GatedMixer(12, lambda channels: SelectiveSSM(channels, 4, 3, "h,h_flip", 4))
-    x, results = torch.randn(2, 35, 12), []
+def joins_alike(mixer, module, dtype, monkeypatch, x, *arguments):
+    """Assert that a mixer gives the same joined and apart, and that nothing is joined where there are no gradients."""
+    results = []
     for joined in (False, True):
-        monkeypatch.setattr(gated_mixer, "fuses", lambda _x, joined=joined: joined)
+        monkeypatch.setattr(module, "fuses", lambda _x, joined=joined: joined)
         mixer.zero_grad()
         leaf = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             assert mixer._joins(leaf) == joined
-            y = mixer(leaf, [35])
+            y = mixer(leaf, *arguments)
         (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
         results.append([y, leaf.grad, *(p.grad.clone() for p in mixer.parameters())])
     for expected, actual in zip(*results, strict=True):
@@ -75,6 +73,13 @@ def test_input_projection_computed_anew(dtype, monkeypatch):
         assert float((actual - expected).norm()) <= (1e-5 if dtype == torch.float32 else 2**-7) * float(expected.norm())
     with torch.no_grad():
         assert not mixer._joins(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
+def test_input_projection_computed_anew(dtype, monkeypatch):
+    torch.manual_seed(0)
+    mixer = GatedMixer(12, lambda channels: SelectiveSSM(channels, 4, 3, "h,h_flip", 4))
+    joins_alike(mixer, gated_mixer, dtype, monkeypatch, x := torch.randn(2, 35, 12), [35])
     mixer.in_proj.register_forward_hook(lambda *_: None)
     assert not mixer._joins(x)
 
@@ -83,21 +88,8 @@ def test_input_projection_computed_anew(dtype, monkeypatch):
 @pytest.mark.parametrize("gate", ["act", "none"])
 def test_activation_computed_anew(gate, dtype, monkeypatch):
     torch.manual_seed(0)
-    mixer, x, results = SS2D(12, d_state=2, gate=gate), torch.randn(2, 5, 7, 12), []
-    for joined in (False, True):
-        monkeypatch.setattr(ss2d, "fuses", lambda _x, joined=joined: joined)
-        mixer.zero_grad()
-        leaf = x.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            assert mixer._joins(leaf) == joined
-            y = mixer(leaf)
-        (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-        results.append([y, leaf.grad, *(p.grad.clone() for p in mixer.parameters())])
-    for expected, actual in zip(*results, strict=True):
-        assert actual.dtype == expected.dtype
-        assert float((actual - expected).norm()) <= (1e-5 if dtype == torch.float32 else 2**-7) * float(expected.norm())
-    with torch.no_grad():
-        assert not mixer._joins(x)
+    mixer = SS2D(12, d_state=2, gate=gate)
+    joins_alike(mixer, ss2d, dtype, monkeypatch, x := torch.randn(2, 5, 7, 12))
     assert not SS2D(12, ssm="cascade")._joins(x)
     assert not SS2D(12, act_layer=torch.nn.GELU)._joins(x)
     mixer.act.register_forward_hook(lambda *_: None)
