@@ -38,7 +38,7 @@ import torch
 import visionmamba
 from visionmamba._files import replacing
 from visionmamba._text import one_line
-from visionmamba.analysis.bench import create_for_size
+from visionmamba.analysis.bench import create_for_size, memory_before
 from visionmamba.analysis.environment import environment
 
 ZOO = (
@@ -124,7 +124,8 @@ def measure(
 ) -> Rows:
     """Return a row for each way to run a model: its time, images a second, and (but for graphs) peak memory.
 
-    The memory is the most that a step holds, weights and all; the first step is not looked at.
+    The memory is the most that a step holds, weights and all, without what runs before it have left; the first step is
+    not looked at.
 
     Args:
         model: The model.
@@ -136,6 +137,7 @@ def measure(
     """
     for run in runs if repeats else ["eager"]:
         row = {"mode": "train" if training else "infer", "run": run, "batch": len(x)}
+        memory_before(x.device)
         try:
             step = make_step(torch.compile(model) if run == "compile" else model, x, training, run != "graph")
             if run == "graph":

@@ -42,6 +42,7 @@ __all__ = [
     "cost_at_size",
     "create_for_size",
     "measure",
+    "memory_before",
 ]
 
 MODES = ("infer", "train")
@@ -269,7 +270,7 @@ def _costs(setting: Setting, model: nn.Module) -> dict[str, str]:
     return columns
 
 
-def _memory_before(device: torch.device) -> int:
+def memory_before(device: torch.device) -> int:
     """Give back what earlier settings have left, and return the bytes that are still allocated on a GPU.
 
     A library's workspaces stay for each stream that ever ran, and a model that refers to itself until it is collected;
@@ -301,7 +302,7 @@ def measure(setting: Setting, device: torch.device, timing: Timing | None = None
         A row of the table, text by column: throughput in images a second, times in milliseconds.
     """
     training, timing = setting.mode == "train", timing or Timing()
-    gpu, before = device.type == "cuda", _memory_before(device)
+    gpu, before = device.type == "cuda", memory_before(device)
     torch.manual_seed(0)
     model = create_for_size(setting.model, setting.size, device).train(training)
     x = _input(setting, model, device)
