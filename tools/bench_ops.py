@@ -187,7 +187,7 @@ def provenance() -> dict[str, str]:
         "driver": output("nvidia-smi", "-i", "0", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": environment()["commit"] or "",
+        "commit": environment(torch.device("cuda"))["commit"] or "",
     }
 
 
