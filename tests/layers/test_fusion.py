@@ -15,13 +15,15 @@ from visionmamba.layers import (
     StreamLayerNorm,
     StreamRMSNorm,
     before_linear,
+    joined_blocks,
     norm,
     residual_stream,
+    ss2d,
 )
 from visionmamba.layers.fusion import fuses, unwatched
 from visionmamba.layers.norm import _joins as joins
 from visionmamba.layers.norm import add_norm
-from visionmamba.models import vmamba
+from visionmamba.models import plainmamba
 from visionmamba.ops.channel_norm import channel_norm
 
 
@@ -146,21 +148,106 @@ def test_bad_input_is_named():
         channel_norm(x.int(), weight)
 
 
-def test_blocks_of_vmamba_leave_additions_to_each_other(monkeypatch):
-    torch.manual_seed(0)
-    model = timm.create_model("test_vmamba", drop_path_rate=0.0).train()
-    x, results = torch.randn(2, 3, 32, 32), []
-    for joined in (False, True):
-        for module in (norm, vmamba):
-            monkeypatch.setattr(module, "fuses", lambda _x, compiled, joined=joined: joined)
-        model.zero_grad()
+def run_as(fused, monkeypatch):
+    """Run layers as on a GPU, or by the separate operators."""
+    for module in (norm, joined_blocks, ss2d, plainmamba):
+        monkeypatch.setattr(module, "fuses", lambda _x, compiled=True: fused)
+
+
+def results(model, x, fused, monkeypatch, autocast=False):
+    """Return the output of a model and its gradients."""
+    run_as(fused, monkeypatch)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = model(x)
-        y.square().mean().backward()
-        results.append([y.detach(), *(p.grad for p in model.parameters())])
-        assert model.stages[0]._joins(x) == joined
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-    model.stages[0].blocks[0].register_forward_hook(lambda *_: None)
-    assert not model.stages[0]._joins(x)
+    (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.double).view_as(y)).sum().backward()
+    return [y.detach(), *(p.grad for p in model.parameters())]
+
+
+JOINED = {
+    "test_vmamba": 32,
+    "test_local_vmamba": 56,  # windows of 7 tile the first map only
+    "test_efficient_vmamba": 40,  # odd maps
+    "test_plainmamba": 48,
+    "test_mamba2d": 32,
+}
+
+
+def varied(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=JOINED[name]).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model, torch.randn(2, 3, JOINED[name], JOINED[name])
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_blocks_leave_additions_to_each_other_and_compute_anew(name, monkeypatch):
+    model, x = varied(name)
+    model, x = model.double(), x.double()
+    blocks = model.stages[0].blocks if hasattr(model, "stages") else model.blocks
+    runs = []
+    monkeypatch.setattr(joined_blocks, "run_joined", None)
+    separate = results(model, x, False, monkeypatch)
+    monkeypatch.undo()
+    for module in ("visionmamba.models._hierarchical", "visionmamba.models._isotropic"):
+        run = joined_blocks.run_joined
+        monkeypatch.setattr(f"{module}.run_joined", lambda *a, run=run: runs.append(len(a[0])) or run(*a))
+    joined = results(model, x, True, monkeypatch)
+    assert sum(runs) >= len(blocks)
+    torch.testing.assert_close(joined, separate, rtol=1e-5, atol=1e-7)
+    assert joined_blocks.blocks_join(blocks, x)
+    blocks[0].register_forward_hook(lambda *_: None)
+    assert not joined_blocks.blocks_join(blocks, x)
+    torch.testing.assert_close(results(model, x, True, monkeypatch), separate, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_what_is_computed_anew_is_so_under_autocast(name, monkeypatch):
+    model, x = varied(name)
+    exact = results(copy.deepcopy(model).double(), x.double(), False, monkeypatch)
+    separate, joined = (results(model, x, fused, monkeypatch, autocast=True) for fused in (False, True))
+    assert [t.dtype for t in joined[1:]] == [t.dtype for t in separate[1:]]
+
+    def errors(found):
+        pairs = zip(found, exact, strict=True)
+        return torch.tensor([float((t - e).norm() / (e.norm() + 1e-12)) for t, e in pairs])
+
+    assert float(errors(joined).median()) <= 1.5 * float(errors(separate).median())
+
+
+@pytest.mark.parametrize("name", ["test_local_vmamba", "test_efficient_vmamba", "test_plainmamba"])
+def test_mixers_keep_less(name, monkeypatch):
+    model, x = varied(name)
+
+    def kept(fused):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        run_as(fused, monkeypatch)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(x)
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        return sum(t.untyped_storage().nbytes() for place, t in storages.items() if place not in own)
+
+    assert kept(True) < 0.8 * kept(False)
+
+
+def test_a_mixer_that_is_watched_keeps_all(monkeypatch):
+    run_as(True, monkeypatch)
+    for name, watched in (("test_plainmamba", "conv2d"), ("test_efficient_vmamba", "conv"), ("test_vmamba", None)):
+        mixer = next(m for m in varied(name)[0].modules() if hasattr(m, "_recomputes"))
+        x = torch.randn(1, 4, 4, mixer.in_proj.in_features)
+        assert mixer._recomputes(x) == (watched is not None)  # VMamba's own operator computes SiLU anew, and no more
+        with torch.no_grad():
+            assert not mixer._recomputes(x)
+        if watched:
+            getattr(mixer, watched).register_forward_hook(lambda *_: None)
+            assert not mixer._recomputes(x)
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": "layer", "directions": "sum"}])

@@ -4,6 +4,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .norm import LayerNorm, before_linear
+
 __all__ = ["ChannelAttention"]
 
 
@@ -23,7 +25,7 @@ class ChannelAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         hidden = int(dim * reduction)
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm = before_linear(LayerNorm(dim, eps=1e-5, **dd))  # of the mean, which is as linear
         self.reduce = nn.Linear(dim, hidden, **dd)
         self.expand = nn.Linear(hidden, dim, **dd)
 

@@ -5,6 +5,7 @@ direction visits its own padding only (see :mod:`visionmamba.ops.scan_path`), an
 """
 
 import re
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -190,6 +191,20 @@ class LocalScan(nn.Module):
         """Initialise the state space models as Mamba does; see :meth:`SelectiveSSM.reset_parameters`."""
         self.directions.reset_parameters()
 
+    def join(self, y: torch.Tensor, grid: list[int]) -> torch.Tensor:
+        """Merge the directions' outputs over the padded grid, ``(B, L, K, D)``, to ``(B, L, D)``."""
+        y = crop_tokens(y, grid, self.windows, self.class_token)
+        return self.merge(misplace_columns(y, grid, self.columns, self.class_token))
+
+    @torch.jit.unused
+    def recomputed(self, tokens: torch.Tensor, enter, modules: Sequence[nn.Module], grid: list[int]) -> torch.Tensor:
+        """Do what :meth:`forward` does with what is made of tokens; see :meth:`SelectiveSSM.recomputed`."""
+
+        def padded(tokens: torch.Tensor) -> list[torch.Tensor | None]:
+            return [x if x is None else pad_tokens(x, grid, self.windows, self.class_token) for x in enter(tokens)]
+
+        return self.join(self.directions.recomputed(tokens, padded, modules, grid), grid)
+
     def forward(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
         """Scan tokens in raster order.
 
@@ -204,8 +219,7 @@ class LocalScan(nn.Module):
         x = pad_tokens(x, grid, self.windows, self.class_token)
         if z is not None:
             z = pad_tokens(z, grid, self.windows, self.class_token)
-        y = crop_tokens(self.directions(x, z, grid), grid, self.windows, self.class_token)
-        return self.merge(misplace_columns(y, grid, self.columns, self.class_token))
+        return self.join(self.directions(x, z, grid), grid)
 
 
 def search_weights(supernet: nn.Module) -> dict[str, dict[str, float]]:

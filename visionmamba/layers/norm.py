@@ -12,10 +12,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 
-from ..ops.channel_norm import channel_norm
+from ..ops.channel_norm import channel_norm, has_kernel
 from .fusion import fuses, unwatched
 
 __all__ = ["LayerNorm", "add_norm", "add_stream_norm", "before_linear", "conv_norm"]
+
+
+def _runs_kernel(x: torch.Tensor) -> bool:
+    """Whether a norm of these rows is one kernel."""
+    return fuses(x, compiled=False) and has_kernel(x.shape[-1])
 
 
 def _narrowed(dtype: torch.dtype, narrow: bool) -> torch.dtype:
@@ -46,7 +51,7 @@ def layer_norm(
         narrow: Under autocast, return its dtype and not float32.
     """
     if not torch.jit.is_scripting():
-        dtype = _layer_norm_dtype(x, weight, narrow) if fuses(x, compiled=False) else None
+        dtype = _layer_norm_dtype(x, weight, narrow) if _runs_kernel(x) else None
         if dtype is not None:
             return channel_norm(x, weight, bias, eps, dtype=dtype)[0]
     return F.layer_norm(x, [x.shape[-1]], weight, bias, eps)
@@ -68,7 +73,7 @@ def stream_norm(
         narrow: Under autocast, return its dtype.
     """
     if not torch.jit.is_scripting():
-        if fuses(x, compiled=False):
+        if _runs_kernel(x):
             eps = torch.finfo(x.dtype).eps if eps is None else eps
             return channel_norm(x, weight, bias, eps, rms, dtype=_narrowed(weight.dtype, narrow))[0]
     if rms:
@@ -112,7 +117,7 @@ def conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.Module) -> torch.Tensor
         norm: What follows it.
     """
     joins = type(norm) is LayerNorm and conv.bias is not None and unwatched(conv, norm) and fuses(x, compiled=False)
-    if not joins or norm.weight is None:
+    if not joins or norm.weight is None or not has_kernel(conv.out_channels):
         return norm(conv(x))
     x = conv._conv_forward(x.permute(0, 3, 1, 2), conv.weight, None).permute(0, 2, 3, 1)
     dtype = _layer_norm_dtype(x, norm.weight, norm.narrow)
@@ -123,7 +128,7 @@ def conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.Module) -> torch.Tensor
 
 def _joins(x: torch.Tensor, added: torch.Tensor, norm: nn.Module) -> bool:
     """Whether an addition to a stream and the norm after it are one operator."""
-    if type(norm) is not LayerNorm or not unwatched(norm) or not fuses(x, compiled=False):
+    if type(norm) is not LayerNorm or not unwatched(norm) or not _runs_kernel(x):
         return False
     return x.shape == added.shape and x.dtype == torch.promote_types(x.dtype, added.dtype)
 

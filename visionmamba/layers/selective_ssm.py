@@ -15,6 +15,7 @@ stay in raster order from end to end. With x the layer's input (Gu & Dao 2023, M
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from ..ops import causal_conv1d, selective_scan
 from ..ops.ssm import selective_ssm
 from .fusion import fuses
+from .recompute import ScanInputs, recomputed_scan
 
 __all__ = ["SelectiveSSM", "init_dt_bias_", "init_s4d_real_"]
 
@@ -87,6 +89,7 @@ class SelectiveSSM(nn.Module):
         self.path, self.merge = path, merge
         self.num_directions = path.count(",") + 1
         self.shared = shared
+        self.in_step_order = False  # which row of delta, B and C a step reads: see selective_scan
         directions = 1 if shared else self.num_directions  # sets of parameters
         self.conv_weight = nn.Parameter(torch.empty(directions, d_inner, d_conv, **dd)) if d_conv else None
         self.conv_bias = nn.Parameter(torch.empty(directions, d_inner, **dd)) if d_conv and conv_bias else None
@@ -133,6 +136,34 @@ class SelectiveSSM(nn.Module):
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return dt, B, C
 
+    def scan_inputs(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> ScanInputs:
+        """Return the scan's tensor arguments, from ``u`` to ``dt_weight``; for the arguments see :meth:`forward`."""
+        if self.conv_weight is not None:
+            bias = None if self.conv_bias is None else self.each(self.conv_bias)
+            x, _ = causal_conv1d(x, self.each(self.conv_weight), bias, path=self.path, grid=grid)
+        dt, B, C = self.project(x)
+        A = self.each(-torch.exp(self.A_log.float()))
+        return x, dt, A, B, C, self.each(self.D), z, self.each(self.dt_proj_bias), self.each(self.dt_proj_weight)
+
+    @torch.jit.unused
+    def recomputed(
+        self,
+        tokens: torch.Tensor,
+        enter: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]],
+        modules: Sequence[nn.Module],
+        grid: list[int],
+    ) -> torch.Tensor:
+        """Do what :meth:`forward` does with what is made of tokens, and make that anew in backward.
+
+        Args:
+            tokens: What is kept.
+            enter: Maps it to x and z.
+            modules: What holds the parameters that ``enter`` reads.
+            grid: Size of the token grid.
+        """
+        options = (self.path, list(grid), True, self.merge, self.in_step_order)
+        return recomputed_scan(lambda t: self.scan_inputs(*enter(t), grid), options, [self, *modules], tokens)
+
     @torch.jit.unused
     def fused(
         self,
@@ -159,6 +190,15 @@ class SelectiveSSM(nn.Module):
         silu = silu or self.conv_weight is not None
         return selective_ssm(x, z, in_proj_weight, *parameters, self.path, grid, self.merge, silu)
 
+    def scan(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
+        """Do what :meth:`forward` does by the separate operators."""
+        u, dt, A, B, C, D, z, dt_bias, dt_weight = self.scan_inputs(x, z, grid)
+        y, _ = selective_scan(
+            u, dt, A, B, C, D, z, dt_bias, dt_weight, path=self.path, grid=grid, merge=self.merge,
+            projections_in_step_order=self.in_step_order,
+        )  # fmt: skip
+        return y
+
     def forward(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
         """Scan tokens in raster order.
 
@@ -171,18 +211,9 @@ class SelectiveSSM(nn.Module):
             ``(B, L, D)``, or ``(B, L, K, D)`` without ``merge``.
         """
         if not torch.jit.is_scripting():
-            if fuses(x):
+            if type(self) is SelectiveSSM and fuses(x):
                 return self.fused(x, z, grid)
-        if self.conv_weight is not None:
-            bias = None if self.conv_bias is None else self.each(self.conv_bias)
-            x, _ = causal_conv1d(x, self.each(self.conv_weight), bias, path=self.path, grid=grid)
-        dt, B, C = self.project(x)
-        A = self.each(-torch.exp(self.A_log.float()))
-        y, _ = selective_scan(
-            x, dt, A, B, C, self.each(self.D), z, self.each(self.dt_proj_bias), self.each(self.dt_proj_weight),
-            path=self.path, grid=grid, merge=self.merge,
-        )  # fmt: skip
-        return y
+        return self.scan(x, z, grid)
 
     def extra_repr(self) -> str:
         """Name the sizes and the path in ``repr``."""

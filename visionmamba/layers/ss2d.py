@@ -23,6 +23,7 @@ from ..ops.ssd import ssd_scan
 from .checks import check_choice
 from .fusion import fuses, unwatched
 from .norm import LayerNorm, before_linear
+from .recompute import recomputed
 from .patch import DepthwiseConv2d
 from .selective_ssm import SelectiveSSM
 
@@ -253,8 +254,49 @@ class SS2D(nn.Module):
                 return self._joined(x)
         return self.scan(self.act(x))
 
+    def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Map ``(B, H, W, C)`` to the scan's input, ``(B, L, D)``."""
+        x = F.linear(x, self.in_proj.weight[: self.out_proj.in_features])
+        return self.act(self.conv(x)).flatten(1, 2), None
+
+    def leave(self, y: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        """Map the scan's output, ``(B, H, W, D)``, to ``(B, H, W, C)``; the gate is made of the layer's input."""
+        y = self.out_act(self.out_norm(y))
+        if self.gated:
+            y = y * self.gate_act(F.linear(x, self.in_proj.weight[self.out_proj.in_features :]))
+        return self.out_proj(y)
+
+    @torch.jit.unused
+    def _recomputes(self, x: torch.Tensor) -> bool:
+        """Whether the layer keeps its input and the scan's output alone, and computes the rest anew in backward."""
+        if type(self.ssm) is SelectiveSSM or not hasattr(self.ssm, "recomputed"):  # the former joins: see below
+            return False
+        plain = all(type(layer) is nn.Linear and layer.bias is None for layer in (self.in_proj, self.out_proj))
+        modules = (
+            self.in_proj,
+            self.conv,
+            self.act,
+            self.ssm,
+            self.out_norm,
+            self.out_act,
+            self.gate_act,
+            self.out_proj,
+        )
+        return plain and unwatched(*modules) and torch.is_grad_enabled() and fuses(x, compiled=False)
+
+    @torch.jit.unused
+    def _recomputed(self, x: torch.Tensor) -> torch.Tensor:
+        size, around = list(x.shape[1:3]), [self.in_proj, self.out_norm, self.out_proj]
+        y = self.ssm.recomputed(x, self.enter, [self.in_proj, self.conv], size).unflatten(1, size)
+        if self.gated:
+            return recomputed(self.leave, around, y, x)
+        return recomputed(lambda y: self.leave(y, None), around[1:], y)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix ``(B, H, W, C)``."""
+        if not torch.jit.is_scripting():
+            if self._recomputes(x):
+                return self.drop(self._recomputed(x))
         x = self.in_proj(x)
         if self.gated:
             x, z = x.chunk(2, dim=-1)

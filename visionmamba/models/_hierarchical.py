@@ -13,7 +13,9 @@ from timm.models import checkpoint_seq
 from timm.models._input import update_model_input_size
 from timm.models.swin_transformer import PatchMerging
 
-from ..layers import check_input
+from ..layers import LayerNorm, check_input
+from ..layers.fusion import unwatched
+from ..layers.joined_blocks import blocks_join, run_joined
 from ._base import VisionModel
 
 __all__ = ["DisjointPatchEmbed", "HierarchicalModel", "Stage"]
@@ -53,6 +55,9 @@ class Stage(nn.Module):
 
     def forward_blocks(self, x: torch.Tensor) -> torch.Tensor:
         """Run the blocks, recomputing them in backward if so set."""
+        if not torch.jit.is_scripting():
+            if not self.grad_checkpointing and unwatched(self.blocks) and blocks_join(self.blocks, x):
+                return run_joined(self.blocks, x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
@@ -117,7 +122,7 @@ class HierarchicalModel(VisionModel):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer=nn.LayerNorm,
+        norm_layer=LayerNorm,
         patch_norm: bool = True,
         img_size: int | tuple[int, int] = 224,
         device=None,

@@ -12,6 +12,7 @@ from timm.models._input import update_model_input_size
 
 from ..layers import check_choice
 from ..layers.grid_embed import resize_grid_embed
+from ..layers.joined_blocks import blocks_join, run_joined
 from ._base import VisionModel
 
 __all__ = ["GridModel", "IsotropicModel", "quarter_indices"]
@@ -218,6 +219,9 @@ class GridModel(IsotropicModel):
             blocks = self.blocks[:levels]
         x = self.forward_stem(x)
         features: list[torch.Tensor] = []
+        if not torch.jit.is_scripting():
+            if len(take) == 0 and not self.grad_checkpointing and blocks_join(blocks, x):
+                return run_joined(blocks, x), features, []
         for i, block in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x)

@@ -22,8 +22,17 @@ from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 
-from ..layers import SS2D, ChannelAttention, ChannelsLastConv2d, DepthwiseConv2d, SelectiveSSM
-from ..ops import selective_scan
+from ..layers import (
+    SS2D,
+    ChannelAttention,
+    ChannelsLastConv2d,
+    DepthwiseConv2d,
+    LayerNorm,
+    SelectiveSSM,
+    before_linear,
+)
+from ..layers.norm import add_norm
+from ..layers.recompute import ScanInputs
 from ._builder import build_model
 from ._hierarchical import HierarchicalModel, Stage
 from ._layout import from_official
@@ -41,7 +50,14 @@ class AtrousSSM(SelectiveSSM):
 
     A token belongs to one direction, so only that one's step size, B and C are computed for it. The scan reads each
     direction's at its own tokens alone: all directions are given the same tensor.
+
+    Maps of odd size are padded with zeros at the bottom and right, after the convolution, as the published models do:
+    a padding token adds nothing to the state, but time passes.
     """
+
+    def even(self, grid: list[int]) -> list[int]:
+        """Return the padded grid."""
+        return [grid[0] + grid[0] % 2, grid[1] + grid[1] % 2]
 
     def project_own(self, x: torch.Tensor, weight: torch.Tensor, grid: list[int]) -> torch.Tensor:
         """Map ``(B, L, D)`` to ``(B, L, C)`` by the weight, of ``(K, C, D)``, of each token's own direction."""
@@ -49,22 +65,36 @@ class AtrousSSM(SelectiveSSM):
         weight = weight.unflatten(0, [2, 2])  # direction k starts at row k % 2 and column k // 2: see ATROUS_SCAN
         return torch.einsum("bhiwjd,jicd->bhiwjc", x, weight).flatten(1, 4)
 
-    def forward(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
-        """Scan tokens ``(B, L, D)`` in raster order over an even ``grid``; ``z`` is a gate or None."""
+    def scan_inputs(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> ScanInputs:
+        """Return the scan's tensor arguments for tokens ``(B, L, D)`` in raster order of an even ``grid``."""
         dt, B, C = self.project_own(x, self.x_proj_weight, grid).split([self.dt_rank, self.d_state, self.d_state], -1)
         delta = self.project_own(dt, self.dt_proj_weight, grid)
         delta, B, C = (value.unsqueeze(2).expand(-1, -1, self.num_directions, -1) for value in (delta, B, C))
         A = -torch.exp(self.A_log.float())
-        y, _ = selective_scan(x, delta, A, B, C, self.D, z, self.dt_proj_bias, path=self.path, grid=grid)
-        return y
+        return x, delta, A, B, C, self.D, z, self.dt_proj_bias, None
+
+    def pad(self, x: torch.Tensor, grid: list[int]) -> torch.Tensor:
+        """Pad tokens ``(B, L, D)`` to the even grid."""
+        x = x.unflatten(1, [grid[0], grid[1]])
+        return F.pad(x, (0, 0, 0, grid[1] % 2, 0, grid[0] % 2)).flatten(1, 2)
+
+    def crop(self, y: torch.Tensor, grid: list[int]) -> torch.Tensor:
+        """Undo :meth:`pad`."""
+        return y.unflatten(1, self.even(grid))[:, : grid[0], : grid[1]].flatten(1, 2)
+
+    @torch.jit.unused
+    def recomputed(self, tokens: torch.Tensor, enter, modules: Sequence[nn.Module], grid: list[int]) -> torch.Tensor:
+        """Do what :meth:`forward` does with what is made of tokens; see :meth:`SelectiveSSM.recomputed`."""
+        y = super().recomputed(tokens, lambda t: (self.pad(enter(t)[0], grid), None), modules, self.even(grid))
+        return self.crop(y, grid)
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
+        """Scan tokens ``(B, L, D)`` in raster order; ``z`` is not used."""
+        return self.crop(self.scan(self.pad(x, grid), None, self.even(grid)), grid)
 
 
 class AtrousSS2D(SS2D):
-    """SS2D over the four sub-grids of stride 2, each scanned once; arguments are SS2D's.
-
-    Maps of odd size are padded with zeros at the bottom and right, after the convolution, as the published models do:
-    a padding token adds nothing to the state, but time passes.
-    """
+    """SS2D over the four sub-grids of stride 2, each scanned once; arguments are SS2D's."""
 
     def __init__(self, dim: int, device=None, dtype=None, **kwargs: Any) -> None:
         super().__init__(dim, path=ATROUS_SCAN, device=device, dtype=dtype, **kwargs)
@@ -72,14 +102,6 @@ class AtrousSS2D(SS2D):
     def create_ssm(self, ssm: str, d_inner: int, d_state: int, dt_rank: int, path: str, **dd) -> nn.Module:
         """Return the state space models of the four sub-grids."""
         return AtrousSSM(d_inner, d_state, dt_rank, path, **dd)
-
-    def scan(self, x: torch.Tensor) -> torch.Tensor:
-        """Scan ``(B, H, W, D)``."""
-        batch, height, width, channels = x.shape
-        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        grid = [height + height % 2, width + width % 2]
-        y = self.ssm(x.reshape(batch, grid[0] * grid[1], channels), None, grid)
-        return y.reshape(batch, grid[0], grid[1], channels)[:, :height, :width]
 
 
 class ConvBranch(nn.Module):
@@ -123,23 +145,31 @@ class EfficientVMambaBlock(nn.Module):
         d_state: int = 16,
         ssm_ratio: float = 2.0,
         drop_path: float = 0.0,
-        norm_layer=nn.LayerNorm,
+        norm_layer=LayerNorm,
         device=None,
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm = norm_layer(dim, **dd)
+        self.norm = before_linear(norm_layer(dim, **dd))
         self.mixer = AtrousSS2D(dim, d_state=d_state, ssm_ratio=ssm_ratio, norm_layer=norm_layer, **dd)
         self.conv_branch = ConvBranch(dim, **dd)
         self.attention = ChannelAttention(dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        """Run both branches over normalised ``(B, H, W, C)``."""
+        return self.attention(self.mixer(x)) + self.attention(self.conv_branch(x))
+
+    @torch.jit.unused
+    def step(self, x: torch.Tensor, pending: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the stream without this block's addition, and that addition; see ``layers/joined_blocks.py``."""
+        x, normed = add_norm(x, pending, self.norm)
+        return x, self.drop_path(self.mix(normed))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Transform ``(B, H, W, C)``."""
-        shared = self.norm(x)
-        mixed = self.attention(self.mixer(shared)) + self.attention(self.conv_branch(shared))
-        return x + self.drop_path(mixed)
+        return x + self.drop_path(self.mix(self.norm(x)))
 
 
 class ConvStage(Stage):
@@ -175,7 +205,7 @@ class EfficientVMamba(HierarchicalModel):
         d_state: int = 16,
         ssm_ratio: float = 2.0,
         expand_ratio: float = 4.0,
-        norm_layer=nn.LayerNorm,
+        norm_layer=LayerNorm,
         device=None,
         dtype=None,
         **kwargs: Any,

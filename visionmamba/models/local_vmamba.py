@@ -18,7 +18,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 
-from ..layers import LOCAL_DIRECTIONS, SS2D, LocalScan
+from ..layers import LOCAL_DIRECTIONS, SS2D, LayerNorm, LocalScan, before_linear
+from ..layers.norm import add_norm
 from . import _vmamba_official
 from ._builder import build_model
 from ._hierarchical import HierarchicalModel
@@ -105,16 +106,22 @@ class LocalVMambaBlock(nn.Module):
         dim: int,
         path: str,
         drop_path: float = 0.0,
-        norm_layer=nn.LayerNorm,
+        norm_layer=LayerNorm,
         device=None,
         dtype=None,
         **mixer: Any,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm1 = norm_layer(dim, **dd)
+        self.norm1 = before_linear(norm_layer(dim, **dd))
         self.mixer = LocalSS2D(dim, path, norm_layer=norm_layer, **mixer, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    @torch.jit.unused
+    def step(self, x: torch.Tensor, pending: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the stream without this block's addition, and that addition; see ``layers/joined_blocks.py``."""
+        x, normed = add_norm(x, pending, self.norm1)
+        return x, self.drop_path(self.mixer(normed))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Transform ``(B, H, W, C)``."""
@@ -149,7 +156,7 @@ class LocalVMamba(HierarchicalModel):
         realign_columns: bool = False,
         d_state: int = 16,
         ssm_ratio: float = 2.0,
-        norm_layer=nn.LayerNorm,
+        norm_layer=LayerNorm,
         device=None,
         dtype=None,
         **kwargs: Any,

@@ -26,7 +26,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 
-from ..layers import GatedMixer, GridPatchEmbed, SelectiveSSM
+from ..layers import GatedMixer, GridPatchEmbed, LayerNorm, SelectiveSSM, before_linear
+from ..layers.norm import add_norm
 from ..ops.scan_path import scan_path
 from ._builder import build_model
 from ._isotropic import GridModel, quarter_indices
@@ -75,7 +76,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int, device=None, dtype=None) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=1e-5, device=device, dtype=dtype)
+        self.norm = before_linear(LayerNorm(4 * dim, eps=1e-5, device=device, dtype=dtype))
         self.reduction = nn.Linear(4 * dim, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,11 +118,18 @@ class MambaNDBlock(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.skip_from_input = skip_from_input
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm = LayerNorm(dim, eps=1e-5, **dd)
         self.mixer = MambaMixer(dim, path, **mixer_kwargs, **dd)
         self.drop = nn.Dropout(proj_drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.downsample = PatchMerging(dim, **dd) if downsample else nn.Identity()
+
+    @torch.jit.unused
+    def step(self, x: torch.Tensor, pending: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the stream and what this block has still to add to it; see ``layers/joined_blocks.py``."""
+        x, y = add_norm(x, pending, self.norm)
+        skip, mixed = x if self.skip_from_input else y, self.drop_path(self.drop(self.mixer(y)))
+        return (skip, mixed) if isinstance(self.downsample, nn.Identity) else (self.downsample(skip + mixed), None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens ``(B, *grid, C)`` to the same, or to half the grid."""
@@ -210,7 +218,7 @@ class MambaND(GridModel):
             num_classes=num_classes,
             in_chans=in_chans,
             global_pool=global_pool,
-            norm=nn.LayerNorm(embed_dim, eps=1e-6, **dd) if final_norm else nn.Identity(),
+            norm=LayerNorm(embed_dim, eps=1e-6, **dd) if final_norm else nn.Identity(),
             fc_norm=nn.Identity() if fc_norm_eps is None else nn.LayerNorm(embed_dim, eps=fc_norm_eps, **dd),
             drop_rate=drop_rate,
             pos_drop_rate=pos_drop_rate,

@@ -24,9 +24,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 
-from ..layers import SelectiveSSM, check_input
+from ..layers import LayerNorm, SelectiveSSM, before_linear, check_input
+from ..layers.fusion import fuses, unwatched
+from ..layers.norm import add_norm
+from ..layers.recompute import ScanInputs
 from ..layers.patch import DepthwiseConv2d
-from ..ops import selective_scan
 from ..ops.scan_moves import NUM_MOVES, scan_moves
 from ._builder import build_model
 from ._checkpoint import strip_prefixes
@@ -75,18 +77,14 @@ class DirectionAwareSSM(SelectiveSSM):
         if not self.direction_B.is_meta:
             trunc_normal_(self.direction_B, std=0.02)
 
-    def forward(self, x: torch.Tensor, z: torch.Tensor, grid: list[int]) -> torch.Tensor:
-        """Scan tokens ``(B, L, D)`` in raster order, merge the directions and gate with ``z`` ``(B, L, D)``."""
+    def scan_inputs(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> ScanInputs:
+        """Return the scan's tensor arguments for tokens ``(B, L, D)`` in raster order and a gate of their shape."""
         dt, B, C = self.project(x)
         moves = scan_moves(self.direction_B, self.path, grid, self.in_step_order)  # (L, K, 5)
         B = B + (moves @ self.direction_B).to(B.dtype)
         A = self.each(-torch.exp(self.A_log.float()))
         dt_bias = self.each(self.dt_bias_scale * self.dt_proj_bias)
-        y, _ = selective_scan(
-            x, dt, A, B, C, self.each(self.D), z, dt_bias, self.each(self.dt_proj_weight),
-            path=self.path, grid=grid, projections_in_step_order=self.in_step_order,
-        )  # fmt: skip
-        return y
+        return x, dt, A, B, C, self.each(self.D), z, dt_bias, self.each(self.dt_proj_weight)
 
 
 class PlainMambaMixer(nn.Module):
@@ -113,13 +111,31 @@ class PlainMambaMixer(nn.Module):
         self.ssm = DirectionAwareSSM(d_inner, d_state, dt_rank=math.ceil(dim / 16), **ssm_kwargs, **dd)
         self.out_proj = nn.Linear(d_inner, dim, **dd)
 
+    def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map tokens ``(B, H, W, C)`` to the scan's input and gate, ``(B, L, D)``."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        return F.silu(self.conv2d(x)).flatten(1, 2), z.flatten(1, 2)
+
+    @torch.jit.unused
+    def _recomputes(self, x: torch.Tensor) -> bool:
+        """Whether what the scan reads is computed anew in backward."""
+        plain = type(self.in_proj) is nn.Linear and type(self.conv2d) is DepthwiseConv2d
+        watched = not unwatched(self.in_proj, self.conv2d, self.ssm)
+        return plain and not watched and torch.is_grad_enabled() and fuses(x, compiled=False)
+
+    @torch.jit.unused
+    def _recomputed(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.ssm.recomputed(x, self.enter, [self.in_proj, self.conv2d], x.shape[1:-1])
+        return self.out_proj(y.unflatten(1, x.shape[1:-1]))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix tokens ``(B, H, W, C)``."""
+        if not torch.jit.is_scripting():
+            if self._recomputes(x):
+                return self._recomputed(x)
         grid = x.shape[1:-1]
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = F.silu(self.conv2d(x))
-        y = self.ssm(u.flatten(1, 2), z.flatten(1, 2), grid)
-        return self.out_proj(y.unflatten(1, grid))
+        u, z = self.enter(x)
+        return self.out_proj(self.ssm(u, z, grid).unflatten(1, grid))
 
 
 class PlainMambaBlock(nn.Module):
@@ -139,7 +155,7 @@ class PlainMambaBlock(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm = before_linear(LayerNorm(dim, eps=1e-5, **dd))
         self.mixer = PlainMambaMixer(dim, **mixer_kwargs, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.dw = nn.Identity()
@@ -148,12 +164,20 @@ class PlainMambaBlock(nn.Module):
             self.dw = nn.Sequential(conv, nn.BatchNorm2d(dim, **dd), nn.GELU())
         self.local_conv = local_conv
 
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the last convolution, if there is one."""
+        return self.dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if self.local_conv else x
+
+    @torch.jit.unused
+    def step(self, x: torch.Tensor, pending: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the stream and what this block has still to add to it; see ``layers/joined_blocks.py``."""
+        x, normed = add_norm(x, pending, self.norm)
+        added = self.drop_path(self.mixer(normed))
+        return (self.convolve(x + added), None) if self.local_conv else (x, added)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens ``(B, H, W, C)`` to the same."""
-        x = x + self.drop_path(self.mixer(self.norm(x)))
-        if self.local_conv:
-            x = self.dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x
+        return self.convolve(x + self.drop_path(self.mixer(self.norm(x))))
 
 
 class ConvStemEmbed(nn.Module):
@@ -286,7 +310,7 @@ class PlainMamba(GridModel):
             num_classes=num_classes,
             in_chans=in_chans,
             global_pool=global_pool,
-            norm=nn.LayerNorm(embed_dim, eps=1e-6, **dd),
+            norm=LayerNorm(embed_dim, eps=1e-6, **dd),
             fc_norm=nn.Identity(),
             drop_rate=drop_rate,
             pos_drop_rate=pos_drop_rate,

@@ -16,15 +16,14 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, GluMlp, get_act_layer, to_2tuple, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 
 from ..layers import CROSS_SCAN, SS2D, ConvDownsample, ConvPatchEmbed, LayerNorm, Mlp, before_linear, check_choice
-from ..layers.fusion import fuses, unwatched
 from ..layers.grid_embed import resize_grid_embed
 from ..layers.norm import add_norm
 from ._builder import build_model
-from ._hierarchical import DisjointPatchEmbed, HierarchicalModel, Stage
+from ._hierarchical import DisjointPatchEmbed, HierarchicalModel
 from ._vmamba_official import checkpoint_filter_fn, official_arguments, official_state_dict
 
 __all__ = ["VMamba", "VMambaBlock", "checkpoint_filter_fn", "official_arguments", "official_state_dict"]
@@ -98,31 +97,6 @@ class VMambaBlock(nn.Module):
         if self.has_mlp:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
-
-
-class VMambaStage(Stage):
-    """A stage whose blocks leave their last addition to the norm of the block after them."""
-
-    @torch.jit.unused
-    def _joined(self, x: torch.Tensor) -> torch.Tensor:
-        pending = None
-        for block in self.blocks:
-            x, pending = block.step(x, pending)
-        return x if pending is None else x + pending
-
-    @torch.jit.unused
-    def _joins(self, x: torch.Tensor) -> bool:
-        """Whether blocks leave additions to each other: nothing else may be waiting for what a block returns."""
-        return not self.grad_checkpointing and unwatched(self.blocks, *self.blocks) and fuses(x, compiled=False)
-
-    def forward_blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """Run the blocks, recomputing them in backward if so set."""
-        if not torch.jit.is_scripting():
-            if self._joins(x):
-                return self._joined(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
 
 
 torch.fx.wrap("resize_grid_embed")  # FX looks for leaf functions where forward is defined, and that is the base's
@@ -212,7 +186,7 @@ class VMamba(HierarchicalModel):
             mlp_act_layer=get_act_layer(mlp_act_layer), proj_drop=proj_drop_rate, norm_layer=norm_layer, **dd,
         )  # fmt: skip
         super().__init__(
-            lambda stage, dim, rate: block(dim, drop_path=rate), depths, dims, lambda stage: VMambaStage,
+            lambda stage, dim, rate: block(dim, drop_path=rate), depths, dims,
             patch_embed=_PATCH_EMBED[patch_embed], downsample=_DOWNSAMPLE[downsample], patch_size=patch_size,
             norm_layer=norm_layer, **kwargs, **dd,
         )  # fmt: skip

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _cuda_norm  # noqa: F401  (registers the backend)
 from ._autocast import autocast_activations
 from ._checks import check_dtype, check_same_device, check_shape
+from ._cuda_norm import row_layout  # registers the backend, too
 from .backend import Implementation, register_implementation, select
 from .norm import normalise, normalise_backward
 
-__all__ = ["channel_norm"]
+__all__ = ["channel_norm", "has_kernel"]
 
 
 def forward(x, added, weight, bias, shift, eps, rms, scale, dtype):
@@ -124,6 +124,11 @@ def _autograd(ctx, dout, dtotal):
 _channel_norm.register_autograd(_autograd, setup_context=_setup_context)
 autocast_activations("channel_norm")
 autocast_activations("channel_norm_backward")
+
+
+def has_kernel(channels: int) -> bool:
+    """Whether the kernels take rows of so many channels; others are computed in plain PyTorch, in several passes."""
+    return row_layout(channels) is not None
 
 
 def channel_norm(

@@ -1,0 +1,100 @@
+"""Layers that keep their tokens alone and compute what they make of them anew in the backward pass.
+
+What a mixer makes of its tokens before and after the scan (projections, a convolution, activations, a norm) is cheap
+beside the scan and large beside the tokens. PyTorch's own checkpointing would run the scan anew as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+__all__ = ["ScanInputs", "recomputed", "recomputed_scan"]
+
+ScanInputs = tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor | None,
+    torch.Tensor,
+    torch.Tensor | None,
+]
+"""``u``, ``delta``, ``A``, ``B``, ``C``, ``D``, ``z``, ``delta_bias``, ``dt_weight`` of the selective scan."""
+
+Function = Callable[..., Any]
+
+
+def _parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+class _Recomputed(torch.autograd.Function):
+    """A function of tensors that keeps its inputs alone; or the scan of what it returns, which keeps the same."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Function, options, modules, count: int, *tensors: torch.Tensor) -> torch.Tensor:
+        tensors, kind = tensors[:count], tensors[0].device.type  # what follows are the modules' parameters
+        ctx.function, ctx.options, ctx.modules = function, options, modules
+        ctx.autocast = dict(
+            device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=torch.is_autocast_cache_enabled(),
+        )  # fmt: skip
+        ctx.save_for_backward(*tensors)
+        outputs = function(*tensors)
+        return outputs if options is None else torch.ops.visionmamba.selective_scan(*outputs, None, *options)[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor):
+        needed = ctx.needs_input_grad[4:]
+        tensors = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=False)]
+        leaves = [*tensors, *_parameters(ctx.modules)]  # read again: where they are sharded, they are others by now
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            outputs = ctx.function(*tensors)
+        if ctx.options is None:
+            pairs = [(outputs, dy)]
+        else:
+            detached = [None if t is None else t.detach() for t in outputs]
+            cotangents = torch.ops.visionmamba.selective_scan_backward(dy, None, *detached, None, *ctx.options)
+            pairs = [(t, g) for t, g in zip(outputs, cotangents, strict=False) if t is not None and t.requires_grad]
+        wanted = [leaf for leaf, n in zip(leaves, needed, strict=True) if n]
+        outputs, cotangents = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True))
+        return (None, None, None, None, *(next(found) if n else None for n in needed))
+
+
+def recomputed(function: Function, modules: Sequence[nn.Module], *tensors: torch.Tensor) -> torch.Tensor:
+    """Return ``function(*tensors)``, and keep the tensors alone for the backward pass.
+
+    Args:
+        function: It must return the same again: no dropout, no statistics that move.
+        modules: What holds the parameters that the function reads.
+        *tensors: Its arguments.
+    """
+    return _Recomputed.apply(function, None, modules, len(tensors), *tensors, *_parameters(modules))
+
+
+def recomputed_scan(
+    inputs_of: Callable[[torch.Tensor], ScanInputs],
+    options: tuple[Any, ...],
+    modules: Sequence[nn.Module],
+    x: torch.Tensor,
+) -> torch.Tensor:
+    """Scan what a function makes of tokens, and keep the tokens alone for the backward pass.
+
+    Args:
+        inputs_of: Maps the tokens to the scan's tensor arguments, the activations among them of one dtype; as the
+            function of :func:`recomputed`.
+        options: The scan's other arguments, from ``path`` to ``projections_in_step_order``.
+        modules: What holds the parameters that ``inputs_of`` reads.
+        x: The tokens.
+
+    Returns:
+        The scan's output; see :func:`visionmamba.ops.selective_scan`.
+    """
+    return _Recomputed.apply(inputs_of, options, modules, 1, x, *_parameters(modules))
