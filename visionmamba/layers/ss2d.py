@@ -23,8 +23,8 @@ from ..ops.ssd import ssd_scan
 from .checks import check_choice
 from .fusion import fuses, unwatched
 from .norm import LayerNorm, before_linear
-from .recompute import recomputed
 from .patch import DepthwiseConv2d
+from .recompute import recomputed
 from .selective_ssm import SelectiveSSM
 
 __all__ = ["CROSS_SCAN", "OUT_NORMS", "SS2D", "CascadeSSM", "MultiHeadSSM"]

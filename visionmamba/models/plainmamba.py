@@ -27,8 +27,8 @@ from timm.models import generate_default_cfgs, register_model
 from ..layers import LayerNorm, SelectiveSSM, before_linear, check_input
 from ..layers.fusion import fuses, unwatched
 from ..layers.norm import add_norm
-from ..layers.recompute import ScanInputs
 from ..layers.patch import DepthwiseConv2d
+from ..layers.recompute import ScanInputs
 from ..ops.scan_moves import NUM_MOVES, scan_moves
 from ._builder import build_model
 from ._checkpoint import strip_prefixes
