@@ -131,7 +131,7 @@ def measure(
         model: The model.
         x: Its input.
         training: Whether backward is part of a step.
-        runs: Of ``"eager"``, ``"graph"`` and ``"compile"``.
+        runs: Of ``"eager"``, ``"graph"``, ``"compile"`` and ``"compile graph"``, the compiled step as a graph.
         repeats: Steps that are timed; for none, a single step compiles what the others would need.
         warmup: Steps before them, after the first.
     """
@@ -139,8 +139,8 @@ def measure(
         row = {"mode": "train" if training else "infer", "run": run, "batch": len(x)}
         memory_before(x.device)
         try:
-            step = make_step(torch.compile(model) if run == "compile" else model, x, training, run != "graph")
-            if run == "graph":
+            step = make_step(torch.compile(model) if run.startswith("compile") else model, x, training, run != "graph")
+            if run.endswith("graph"):
                 step = replayed(step)
             step()
             torch.cuda.synchronize()
@@ -149,7 +149,7 @@ def measure(
             torch.cuda.reset_peak_memory_stats()
             taken = milliseconds(step, repeats, warmup)
             row |= {"ms": round(taken, 3), "images_per_second": round(1e3 * len(x) / taken, 1)}
-            if run != "graph":
+            if not run.endswith("graph"):
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         except RuntimeError as error:  # among them: out of memory
             row["error"] = failure(error)
@@ -199,7 +199,7 @@ def compile_one(case: dict, repeats: int, lock: Path) -> Rows:
             eager, found = model(x).float(), torch.compile(model)(x).float()
         difference = float((found - eager).norm() / eager.norm())
         for training in (False, True):
-            for row in measure(model, x, training, ["compile"], repeats):
+            for row in measure(model, x, training, ["compile", "compile graph"], repeats):
                 yield row | ({} if training else {"difference_from_eager": difference})
 
 

@@ -54,13 +54,14 @@ def _table(header: list[str], lines: list[list[str]]) -> str:
 
 def zoo(rows: Rows, others: dict[str, Rows]) -> str:
     """Images a second beside the official figures and the goals."""
-    lines, kinds = [], "eager, graph" + ", compile" * bool(others["compiled"])
+    lines, kinds = [], "eager, graph" + ", compiled, compiled as a graph" * bool(others["compiled"])
     for model in _names(rows):
         cells = []
         for mode in ("infer", "train"):
             runs = [_find(rows, model=model, mode=mode, run=run) for run in ("eager", "graph")]
             if others["compiled"]:
-                runs.append(_find(others["compiled"], model=model, mode=mode, run="compile"))
+                for run in ("compile", "compile graph"):
+                    runs.append(_find(others["compiled"], model=model, mode=mode, run=run))
             cells.append(", ".join(_number(row, "images_per_second") for row in runs))
         gib = _find(rows, model=model, mode="train", run="eager").get("peak_gib")
         official, goal, memory = "", "", "-" if gib is None else f"{gib:.2f}"
@@ -152,15 +153,21 @@ def compiled(rows: Rows, others: dict[str, Rows]) -> str:
     """Models through torch.compile."""
     lines = []
     for model in _names(rows):
-        runs = [_find(rows, model=model, mode=mode) or _find(rows, model=model) for mode in ("infer", "train")]
-        speeds = [_number(row, "images_per_second") for row in runs]
+        runs = [
+            _find(rows, model=model, mode=mode, run="compile") or _find(rows, model=model)
+            for mode in ("infer", "train")
+        ]
+        graphs = [_find(rows, model=model, mode=mode, run="compile graph") for mode in ("infer", "train")]
+        speeds = [_number(row, "images_per_second") for pair in zip(runs, graphs, strict=True) for row in pair]
         lines.append([
             model, *speeds, _number(runs[1], "peak_gib", ".2f"), _number(runs[0], "difference_from_eager", ".1e"),
         ])  # fmt: skip
     header = [
         "model",
         "infer, img/s",
+        "infer as a graph",
         "train, img/s",
+        "train as a graph",
         "training memory, GiB",
         "output's difference from eager, relative",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ _MAX_ITERATIONS = 8
 _BLOCKS = {"norm_forward": 8, "norm_backward": 3}  # a multiprocessor
 
 
+@lru_cache(maxsize=1024)
 def row_layout(channels: int) -> tuple[int, int, int] | None:
     """Choose how threads share a row.
 
@@ -38,6 +40,7 @@ def row_layout(channels: int) -> tuple[int, int, int] | None:
     return min(layouts, key=lambda layout: (layout[0] * layout[1] * layout[2], abs(layout[2] - 3)))
 
 
+@lru_cache(maxsize=1024)
 def macros(
     channels: int, x: torch.dtype, added: torch.dtype | None, out: torch.dtype, *, rms: bool, shift: bool = False
 ) -> dict[str, int]:

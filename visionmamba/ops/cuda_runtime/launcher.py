@@ -32,6 +32,31 @@ class Arguments(NamedTuple):
         """Return the struct's bytes."""
         return _struct(len(self.wide), len(self.narrow)).pack(*self.wide, *self.narrow)
 
+    def place(self) -> int:
+        """Return the address of a list of kernel parameters, the struct alone; it holds until the thread's next call.
+
+        The driver copies a launch's parameters before it returns.
+        """
+        places, size = _thread.places, (len(self.wide), len(self.narrow))
+        if size not in places:
+            layout = _struct(*size)
+            buffer = ctypes.create_string_buffer(layout.size)
+            places[size] = layout, buffer, (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+        layout, buffer, parameters = places[size]
+        layout.pack_into(buffer, 0, *self.wide, *self.narrow)
+        return ctypes.addressof(parameters)
+
+
+class _Thread(threading.local):
+    """What a thread has at hand for its launches: buffers by size, and the devices whose context it has entered."""
+
+    def __init__(self) -> None:
+        self.places: dict[tuple[int, int], tuple[struct.Struct, Any, Any]] = {}
+        self.entered: set[int] = set()
+
+
+_thread = _Thread()
+
 
 @cache
 def _struct(wide: int, narrow: int) -> struct.Struct:
@@ -71,11 +96,8 @@ class Kernel:
             stream: The stream's address.
             shared_bytes: Dynamic shared memory.
         """
-        driver = _driver()
-        packed = ctypes.create_string_buffer(arguments.pack())
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
-        (status,) = driver.cuLaunchKernel(
-            self._handle, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(parameters), 0
+        (status,) = _driver().cuLaunchKernel(
+            self._handle, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments.place(), 0
         )
         if int(status) != 0:
             error = KernelError if int(status) in _REFUSED else RuntimeError
@@ -145,17 +167,22 @@ class Launcher:
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[None]:
-        """Make the device and its context current: a thread of autograd's may not have entered it yet."""
+        """Make the device and its context current: a thread of autograd's may not have entered it yet.
+
+        Once a thread has, PyTorch switches to the context whenever it switches to the device.
+        """
         driver, here = _driver(), torch.cuda.current_device() == self.device.index
         with contextlib.nullcontext() if here else torch.cuda.device(self.device):
             _, current = driver.cuCtxGetCurrent()
             if int(current) != int(self._context):
                 _check(driver.cuCtxSetCurrent(self._context)[0], "entering the device's context")
+            if here:
+                _thread.entered.add(self.device.index)
             yield
 
     def stream(self) -> int:
         """Return the address of torch's current stream on the device."""
-        return torch.cuda.current_stream(self.device).cuda_stream
+        return torch._C._cuda_getCurrentRawStream(self.device.index)
 
     def resident_blocks(self, file: str, name: str, macros: Mapping[str, int], threads: int) -> int:
         """Return how many blocks of a kernel (without dynamic shared memory) a multiprocessor runs at a time."""
@@ -173,10 +200,13 @@ class Launcher:
         shared_bytes: int = 0,
     ) -> None:
         """Launch a kernel on torch's current stream; compile it first if need be."""
-        if blocks:
-            with self._current():
-                kernel = self.kernel(file, name, macros, shared_bytes)
-                kernel.launch(blocks, threads, arguments, self.stream(), shared_bytes)
+        if not blocks:
+            return
+        index = self.device.index
+        there = index in _thread.entered and torch._C._cuda_getDevice() == index
+        with contextlib.nullcontext() if there else self._current():
+            kernel = self.kernel(file, name, macros, shared_bytes)
+            kernel.launch(blocks, threads, arguments, self.stream(), shared_bytes)
 
 
 def _check(status: Any, what: str) -> None:
