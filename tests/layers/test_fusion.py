@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import visionmamba
 from visionmamba.layers import (
     ConvDownsample,
     ConvPatchEmbed,
@@ -215,6 +216,48 @@ def test_what_is_computed_anew_is_so_under_autocast(name, monkeypatch):
         return torch.tensor([float((t - e).norm() / (e.norm() + 1e-12)) for t, e in pairs])
 
     assert float(errors(joined).median()) <= 1.5 * float(errors(separate).median())
+
+
+def gradients(model, x, dtype):
+    """Return the output of a model as it runs by itself, and its gradients."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
+        y = model(x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.double, device=y.device).view_as(y)
+    (y.double() * weights).sum().backward()
+    return [y, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*JOINED, "test_vim", "test_local_vim"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_families_on_a_gpu(name, dtype, monkeypatch):
+    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(backend, "allow_tf32", False)
+    JOINED.setdefault(name, 64)
+    model, x = varied(name)
+    exact = gradients(copy.deepcopy(model).double(), x.double(), None)
+    model, x = model.cuda(), x.cuda()
+    with visionmamba.backend("torch"):
+        plain = gradients(model, x, dtype)
+    joined = gradients(model, x, dtype)
+
+    def errors(found):
+        pairs = zip(found, exact, strict=True)
+        return torch.tensor([float((t.cpu() - e).norm() / (e.norm() + 1e-12)) for t, e in pairs])
+
+    assert float(errors(joined).median()) <= (1e-5 if dtype is None else 1.5 * float(errors(plain).median()))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradients(model, x, dtype)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(model, x, dtype)
+    graph.replay()
+    torch.testing.assert_close(captured, joined, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["test_local_vmamba", "test_efficient_vmamba", "test_plainmamba"])
