@@ -46,6 +46,10 @@ SCANS = {
     "windows": dict(path="w3,h", grid=(7, 5), channels=12, states=3, merge=False),
     "step_order": dict(path="snake_h,snake_v", grid=(6, 6), channels=33, states=5, step_order=True, own_input=True),
     "low_rank": dict(path="h,v", grid=(6, 6), channels=10, states=16, rank=3, dtype=torch.bfloat16),
+    "low_rank_in_chunks": dict(
+        path="h,v_flip", grid=(11, 13), batch=1, channels=40, states=16, rank=3, multiprocessors=64
+    ),
+    "low_rank_of_sub_grids": dict(path="sub_200,subT_201", grid=(7, 9), channels=16, states=4, rank=2, gate=False),
 }
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-__all__ = ["ScanInputs", "recomputed", "recomputed_scan"]
+__all__ = ["ScanInputs", "recomputed", "recomputed_scan", "repeatable_norm"]
 
 ScanInputs = tuple[
     torch.Tensor,
@@ -77,6 +78,25 @@ def recomputed(function: Function, modules: Sequence[nn.Module], *tensors: torch
         *tensors: Its arguments.
     """
     return _Recomputed.apply(function, None, modules, len(tensors), *tensors, *_parameters(modules))
+
+
+def repeatable_norm(norm: nn.BatchNorm2d, then: Function) -> Function:
+    """Return the function ``then(norm(x))``, whose first call alone moves the norm's running statistics.
+
+    Args:
+        norm: A batch norm; in training, further calls give the same from the batch's own statistics.
+        then: What follows it.
+    """
+    moved = False
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        nonlocal moved
+        if moved and norm.training:
+            return then(F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps))
+        moved = True
+        return then(norm(x))
+
+    return function
 
 
 def recomputed_scan(

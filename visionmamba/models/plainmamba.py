@@ -28,7 +28,7 @@ from ..layers import LayerNorm, SelectiveSSM, before_linear, check_input
 from ..layers.fusion import fuses, unwatched
 from ..layers.norm import add_norm
 from ..layers.patch import DepthwiseConv2d
-from ..layers.recompute import ScanInputs
+from ..layers.recompute import ScanInputs, recomputed, repeatable_norm
 from ..ops.scan_moves import NUM_MOVES, scan_moves
 from ._builder import build_model
 from ._checkpoint import strip_prefixes
@@ -225,13 +225,37 @@ class ConvStemEmbed(nn.Module):
         """Return the grid of tokens of an image."""
         return tuple(-(-size // (2 * self.stride)) for size in img_size)
 
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Pad a map of the stem to whole patches, and project these."""
+        right = (self.stride - x.shape[3] % self.stride) % self.stride
+        bottom = (self.stride - x.shape[2] % self.stride) % self.stride
+        return self.projection(F.pad(x, (0, right, 0, bottom)))
+
+    @torch.jit.unused
+    def _recomputes(self, x: torch.Tensor) -> bool:
+        """Whether the stem's largest maps, those after its norms, are computed anew in backward."""
+        layers = [*self.stem, *self.convs, self.projection]
+        plain = all(type(layer) in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU) for layer in layers)
+        watched = not unwatched(self.stem, self.convs, *layers)
+        return plain and not watched and torch.is_grad_enabled() and fuses(x, compiled=False)
+
+    @torch.jit.unused
+    def _recomputed(self, x: torch.Tensor) -> torch.Tensor:
+        layers = [*self.stem, *self.convs]
+        x = layers[0](x)
+        whole = all(size % self.stride == 0 for size in x.shape[2:])  # padding by nothing would copy
+        for norm, conv in zip(layers[1::3], [*layers[3::3], self.projection], strict=True):
+            then = conv if whole or conv is not self.projection else self.project
+            x = recomputed(repeatable_norm(norm, lambda x, then=then: then(F.relu(x))), [norm, conv], x)
+        return x
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Embed images ``(B, in_chans, height, width)`` as ``(B, H, W, C)``."""
         x = check_input(x, "(B, channels, height, width)", [1, 1])
-        x = self.convs(self.stem(x))
-        right = (self.stride - x.shape[3] % self.stride) % self.stride
-        bottom = (self.stride - x.shape[2] % self.stride) % self.stride
-        return self.projection(F.pad(x, (0, right, 0, bottom))).permute(0, 2, 3, 1)
+        if not torch.jit.is_scripting():
+            if self._recomputes(x):
+                return self._recomputed(x).permute(0, 2, 3, 1)
+        return self.project(self.convs(self.stem(x))).permute(0, 2, 3, 1)
 
 
 class PlainMamba(GridModel):
