@@ -36,15 +36,19 @@ def _ssd(results: dict[str, Any], where: str) -> str:
     rows, worst = [], 0.0
     for name, result in results.items():
         row = [_SHAPES[name]]
-        for mine, peer in zip((result["fwd_ms"], result["bwd_ms"]), _PEER[name], strict=True):
-            row += [f"{mine:.3f}", f"{peer:.2f}", f"{peer / mine:.1f}"]
+        for which, peer in zip(("fwd", "bwd"), _PEER[name], strict=True):
+            mine, kernels = result[f"{which}_ms"], result.get(f"{which}_graph_ms")
+            shown = ["", ""] if kernels is None else [f"{kernels:.3f}", f" ({peer / kernels:.1f})"]
+            row += [f"{mine:.3f}", shown[0], f"{peer:.2f}", f"{peer / mine:.1f}{shown[1]}"]
         rows.append(row)
         worst = max(worst, *result["relative_errors"].values())
-    header = ["B, L, H, P, N", "forward", "mamba_ssm", "times", "backward", "mamba_ssm", "times"]
+    each = ["as a graph", "mamba_ssm", "times"]
+    header = ["B, L, H, P, N", "forward", *each, "backward", *each]
     return f"""## SSD
 
 Milliseconds, forward without gradients and backward of all inputs, bf16 with float32 A, D and bias, beside mamba_ssm
-2.3.2's Triton kernels on the same kind of GPU (medians of Triton's `do_bench`).
+2.3.2's Triton kernels on the same kind of GPU (medians of Triton's `do_bench`; in brackets the kernels alone, as a CUDA
+graph: where launches take longer than kernels, `do_bench` times the host's Python).
 
 {_table(header, rows)}
 

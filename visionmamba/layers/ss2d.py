@@ -256,7 +256,8 @@ class SS2D(nn.Module):
 
     def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Map ``(B, H, W, C)`` to the scan's input, ``(B, L, D)``."""
-        x = F.linear(x, self.in_proj.weight[: self.out_proj.in_features])
+        weight = self.in_proj.weight[: self.out_proj.in_features] if self.gated else self.in_proj.weight
+        x = F.linear(x, weight)
         return self.act(self.conv(x)).flatten(1, 2), None
 
     def leave(self, y: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:

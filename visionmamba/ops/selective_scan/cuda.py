@@ -315,17 +315,12 @@ def forward(
     return scan.merged(y, z) if scan.partial else y, last
 
 
-def _backward(scan: _Scan, dy: Tensor, dlast: Tensor | None, initial: Tensor | None, in_place: bool):
-    """Return du, ddelta, dB, dC, dA, dD, dbias and the gradients of the initial state and of the gate.
-
-    With ``in_place`` the step sizes' gradient may take their memory: each is read for the last time before its gradient
-    is written, by the thread that writes it.
-    """
+def _backward(scan: _Scan, dy: Tensor, dlast: Tensor | None, initial: Tensor | None):
+    """Return du, ddelta, dB, dC, dA, dD, dbias and the gradients of the initial state and of the gate."""
     state, adjoint = scan.carries(initial, dy, dlast)
     du = scan.output(merge=scan.u.dim() == 3)
     zero = not scan.rows_read
-    in_place = in_place and not zero
-    ddelta = scan.delta if in_place else scan.empty(*scan.delta.shape, dtype=scan.delta.dtype, zero=zero)
+    ddelta = scan.empty(*scan.delta.shape, dtype=scan.delta.dtype, zero=zero)
     dBC = scan.empty(scan.batch, scan.directions, scan.tiles, scan.num_tokens, 2 * scan.states, zero=zero)
     parts = scan.batch * scan.chunks * scan.parameter_rows
     dparams = scan.empty(parts, scan.directions * scan.channels * (scan.states + 2))
@@ -367,7 +362,7 @@ def backward(
     elif tile is not None:
         du, ddelta, dB, dC, dA, dD, dbias, dstate = cuda_tile.backward(scan, tile, dy, dlast, initial)
     else:
-        du, ddelta, dB, dC, dA, dD, dbias, dstate, dz = _backward(scan, dy, dlast, initial, dt_weight is not None)
+        du, ddelta, dB, dC, dA, dD, dbias, dstate, dz = _backward(scan, dy, dlast, initial)
     ddt_weight = None
     if dt_weight is not None:
         ddelta, ddt_weight = expand_delta_backward(ddelta, low_rank, dt_weight)
