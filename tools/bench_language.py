@@ -80,8 +80,11 @@ def ssd() -> dict[str, Any]:
 
         backward = do_bench(back, warmup=25, rep=80, return_mode="median")
 
-        def both(call=call, tensors=tensors, cotangent=cotangent) -> Any:
-            return torch.autograd.grad(call(), tensors, cotangent)
+        def both(inputs=inputs, chunk=chunk, cotangent=cotangent) -> Any:
+            # Leaves of its own: those above have accumulated gradients on another stream, which a capture refuses.
+            leaves = {key: tensor.detach().requires_grad_() for key, tensor in inputs.items()}
+            y = mamba_chunk_scan_combined(**leaves, chunk_size=chunk, dt_softplus=True)
+            return torch.autograd.grad(y, list(leaves.values()), cotangent)
 
         all_kernels = do_bench_cudagraph(both, rep=40, return_mode="median")
         wide = {key: tensor.detach().float().requires_grad_() for key, tensor in inputs.items()}

@@ -54,14 +54,11 @@ def _table(header: list[str], lines: list[list[str]]) -> str:
 
 def zoo(rows: Rows, others: dict[str, Rows]) -> str:
     """Images a second beside the official figures and the goals."""
-    lines, kinds = [], "eager, graph" + ", compiled, compiled as a graph" * bool(others["compiled"])
+    lines = []
     for model in _names(rows):
         cells = []
         for mode in ("infer", "train"):
             runs = [_find(rows, model=model, mode=mode, run=run) for run in ("eager", "graph")]
-            if others["compiled"]:
-                for run in ("compile", "compile graph"):
-                    runs.append(_find(others["compiled"], model=model, mode=mode, run=run))
             cells.append(", ".join(_number(row, "images_per_second") for row in runs))
         gib = _find(rows, model=model, mode="train", run="eager").get("peak_gib")
         official, goal, memory = "", "", "-" if gib is None else f"{gib:.2f}"
@@ -71,7 +68,7 @@ def zoo(rows: Rows, others: dict[str, Rows]) -> str:
             memory += "" if gib is None else f" ({most}: {100 * gib / most:.0f} %)"
         lines.append([model, official, *cells, goal, memory])
     return _table(
-        ["model", "official infer / train, img/s", f"infer: {kinds}", f"train: {kinds}", "goal infer / train",
+        ["model", "official infer / train, img/s", "infer: eager, graph", "train: eager, graph", "goal infer / train",
          "training memory, GiB (official)"],
         lines,
     )  # fmt: skip

@@ -24,6 +24,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from visionmamba.analysis.environment import environment
+
 _PACKAGES = ("mamba-ssm==2.3.1", "causal-conv1d==1.6.0")
 
 _NAMES = {
@@ -151,11 +153,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
         for report in terminalreporter.stats.get(outcome, []):
             counts[report.nodeid.split("[")[0].rsplit("/", 1)[-1]][outcome] += 1
     totals = sum(counts.values(), Counter())
-    environment = {"torch": torch.__version__}
+    found = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    made_with = {"torch": torch.__version__, "commit": found["commit"]}
     if torch.cuda.is_available():
-        environment["gpu"] = torch.cuda.get_device_name()
+        made_with["gpu"] = found["device"]
     summary = {
-        "packages": _PACKAGES, "environment": environment, "totals": totals,
+        "packages": _PACKAGES, "environment": made_with, "totals": totals,
         "tests": dict(sorted(counts.items())),
     }  # fmt: skip
     config.getoption("--summary").write_text(json.dumps(summary, indent=1) + "\n")
