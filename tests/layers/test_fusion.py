@@ -18,13 +18,12 @@ from visionmamba.layers import (
     before_linear,
     joined_blocks,
     norm,
+    recompute,
     residual_stream,
-    ss2d,
 )
 from visionmamba.layers.fusion import fuses, unwatched
 from visionmamba.layers.norm import _joins as joins
 from visionmamba.layers.norm import add_norm
-from visionmamba.models import plainmamba
 from visionmamba.ops.channel_norm import channel_norm
 
 
@@ -151,7 +150,7 @@ def test_bad_input_is_named():
 
 def run_as(fused, monkeypatch):
     """Run layers as on a GPU, or by the separate operators."""
-    for module in (norm, joined_blocks, ss2d, plainmamba):
+    for module in (norm, joined_blocks, recompute):
         monkeypatch.setattr(module, "fuses", lambda _x, compiled=True: fused)
 
 
@@ -294,6 +293,19 @@ def test_a_mixer_that_is_watched_keeps_all(monkeypatch):
         if watched:
             getattr(mixer, watched).register_forward_hook(lambda *_: None)
             assert not mixer._recomputes(x)
+    mixer = next(m for m in varied("test_local_vmamba")[0].modules() if hasattr(m, "_recomputes"))
+    assert mixer._recomputes(x)
+    mixer.ssm.directions.register_forward_hook(lambda *_: None)  # inside
+    assert not mixer._recomputes(x)
+
+
+def test_second_derivatives_are_refused(monkeypatch):
+    run_as(True, monkeypatch)
+    model, x = varied("test_plainmamba")
+    weight = model.blocks[0].mixer.in_proj.weight
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": "layer", "directions": "sum"}])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 
 from .channel_attention import ChannelAttention
+from .recompute import Enter
 from .selective_ssm import SelectiveSSM
 
 __all__ = ["LOCAL_DIRECTIONS", "LocalScan", "chosen_directions", "search_weights"]
@@ -197,7 +198,9 @@ class LocalScan(nn.Module):
         return self.merge(misplace_columns(y, grid, self.columns, self.class_token))
 
     @torch.jit.unused
-    def recomputed(self, tokens: torch.Tensor, enter, modules: Sequence[nn.Module], grid: list[int]) -> torch.Tensor:
+    def recomputed(
+        self, tokens: torch.Tensor, enter: Enter, modules: Sequence[nn.Module], grid: list[int]
+    ) -> torch.Tensor:
         """Do what :meth:`forward` does with what is made of tokens; see :meth:`SelectiveSSM.recomputed`."""
 
         def padded(tokens: torch.Tensor) -> list[torch.Tensor | None]:

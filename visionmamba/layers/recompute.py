@@ -12,8 +12,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-__all__ = ["ScanInputs", "recomputed", "recomputed_scan", "repeatable_norm"]
+from .fusion import fuses, unwatched
+
+__all__ = ["Enter", "ScanInputs", "recomputed", "recomputed_scan", "recomputes", "repeatable_norm"]
 
 ScanInputs = tuple[
     torch.Tensor,
@@ -28,7 +31,21 @@ ScanInputs = tuple[
 ]
 """``u``, ``delta``, ``A``, ``B``, ``C``, ``D``, ``z``, ``delta_bias``, ``dt_weight`` of the selective scan."""
 
+Enter = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+"""What a layer makes of its tokens: the scan's input and its gate, ``(B, L, D)`` each."""
+
 Function = Callable[..., Any]
+
+
+def recomputes(x: torch.Tensor, *modules: nn.Module) -> bool:
+    """Whether a layer computes anew: in training, where its kernels run, unless a hook waits inside the modules.
+
+    Args:
+        x: The layer's input.
+        modules: What is run a second time, or not as a module.
+    """
+    inside = (inner for module in modules for inner in module.modules())
+    return torch.is_grad_enabled() and fuses(x, compiled=False) and unwatched(*inside)
 
 
 def _parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -51,6 +68,7 @@ class _Recomputed(torch.autograd.Function):
         return outputs if options is None else torch.ops.visionmamba.selective_scan(*outputs, None, *options)[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
         needed = ctx.needs_input_grad[4:]
         tensors = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=False)]

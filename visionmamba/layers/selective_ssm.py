@@ -15,7 +15,7 @@ stay in raster order from end to end. With x the layer's input (Gu & Dao 2023, M
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from ..ops import causal_conv1d, selective_scan
 from ..ops.ssm import selective_ssm
 from .fusion import fuses
-from .recompute import ScanInputs, recomputed_scan
+from .recompute import Enter, ScanInputs, recomputed_scan
 
 __all__ = ["SelectiveSSM", "init_dt_bias_", "init_s4d_real_"]
 
@@ -147,11 +147,7 @@ class SelectiveSSM(nn.Module):
 
     @torch.jit.unused
     def recomputed(
-        self,
-        tokens: torch.Tensor,
-        enter: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]],
-        modules: Sequence[nn.Module],
-        grid: list[int],
+        self, tokens: torch.Tensor, enter: Enter, modules: Sequence[nn.Module], grid: list[int]
     ) -> torch.Tensor:
         """Do what :meth:`forward` does with what is made of tokens, and make that anew in backward.
 

@@ -24,7 +24,7 @@ from .checks import check_choice
 from .fusion import fuses, unwatched
 from .norm import LayerNorm, before_linear
 from .patch import DepthwiseConv2d
-from .recompute import recomputed
+from .recompute import recomputed, recomputes
 from .selective_ssm import SelectiveSSM
 
 __all__ = ["CROSS_SCAN", "OUT_NORMS", "SS2D", "CascadeSSM", "MultiHeadSSM"]
@@ -270,20 +270,10 @@ class SS2D(nn.Module):
     @torch.jit.unused
     def _recomputes(self, x: torch.Tensor) -> bool:
         """Whether the layer keeps its input and the scan's output alone, and computes the rest anew in backward."""
-        if type(self.ssm) is SelectiveSSM or not hasattr(self.ssm, "recomputed"):  # the former joins: see below
+        if type(self.ssm) is SelectiveSSM or not hasattr(self.ssm, "recomputed"):  # the former has its own operator
             return False
         plain = all(type(layer) is nn.Linear and layer.bias is None for layer in (self.in_proj, self.out_proj))
-        modules = (
-            self.in_proj,
-            self.conv,
-            self.act,
-            self.ssm,
-            self.out_norm,
-            self.out_act,
-            self.gate_act,
-            self.out_proj,
-        )
-        return plain and unwatched(*modules) and torch.is_grad_enabled() and fuses(x, compiled=False)
+        return plain and recomputes(x, *self.children())
 
     @torch.jit.unused
     def _recomputed(self, x: torch.Tensor) -> torch.Tensor:

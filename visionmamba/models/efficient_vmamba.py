@@ -32,7 +32,7 @@ from ..layers import (
     before_linear,
 )
 from ..layers.norm import add_norm
-from ..layers.recompute import ScanInputs
+from ..layers.recompute import Enter, ScanInputs
 from ._builder import build_model
 from ._hierarchical import HierarchicalModel, Stage
 from ._layout import from_official
@@ -83,7 +83,9 @@ class AtrousSSM(SelectiveSSM):
         return y.unflatten(1, self.even(grid))[:, : grid[0], : grid[1]].flatten(1, 2)
 
     @torch.jit.unused
-    def recomputed(self, tokens: torch.Tensor, enter, modules: Sequence[nn.Module], grid: list[int]) -> torch.Tensor:
+    def recomputed(
+        self, tokens: torch.Tensor, enter: Enter, modules: Sequence[nn.Module], grid: list[int]
+    ) -> torch.Tensor:
         """Do what :meth:`forward` does with what is made of tokens; see :meth:`SelectiveSSM.recomputed`."""
         y = super().recomputed(tokens, lambda t: (self.pad(enter(t)[0], grid), None), modules, self.even(grid))
         return self.crop(y, grid)

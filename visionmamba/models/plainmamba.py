@@ -25,10 +25,9 @@ from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_no
 from timm.models import generate_default_cfgs, register_model
 
 from ..layers import LayerNorm, SelectiveSSM, before_linear, check_input
-from ..layers.fusion import fuses, unwatched
 from ..layers.norm import add_norm
 from ..layers.patch import DepthwiseConv2d
-from ..layers.recompute import ScanInputs, recomputed, repeatable_norm
+from ..layers.recompute import ScanInputs, recomputed, recomputes, repeatable_norm
 from ..ops.scan_moves import NUM_MOVES, scan_moves
 from ._builder import build_model
 from ._checkpoint import strip_prefixes
@@ -120,8 +119,7 @@ class PlainMambaMixer(nn.Module):
     def _recomputes(self, x: torch.Tensor) -> bool:
         """Whether what the scan reads is computed anew in backward."""
         plain = type(self.in_proj) is nn.Linear and type(self.conv2d) is DepthwiseConv2d
-        watched = not unwatched(self.in_proj, self.conv2d, self.ssm)
-        return plain and not watched and torch.is_grad_enabled() and fuses(x, compiled=False)
+        return plain and recomputes(x, self.in_proj, self.conv2d, self.ssm)
 
     @torch.jit.unused
     def _recomputed(self, x: torch.Tensor) -> torch.Tensor:
@@ -236,8 +234,7 @@ class ConvStemEmbed(nn.Module):
         """Whether the stem's largest maps, those after its norms, are computed anew in backward."""
         layers = [*self.stem, *self.convs, self.projection]
         plain = all(type(layer) in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU) for layer in layers)
-        watched = not unwatched(self.stem, self.convs, *layers)
-        return plain and not watched and torch.is_grad_enabled() and fuses(x, compiled=False)
+        return plain and recomputes(x, self.stem, self.convs, self.projection)
 
     @torch.jit.unused
     def _recomputed(self, x: torch.Tensor) -> torch.Tensor:
