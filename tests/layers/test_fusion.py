@@ -299,6 +299,30 @@ def test_a_mixer_that_is_watched_keeps_all(monkeypatch):
     assert not mixer._recomputes(x)
 
 
+def test_parameters_that_others_stand_for(monkeypatch):
+    run_as(True, monkeypatch)
+    model, x = varied("test_plainmamba")
+    others = {name: (2 * p.detach()).requires_grad_() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, others, (x,)).square().sum().backward()
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.mul_(2)
+    again(x).square().sum().backward()
+    for name, parameter in again.named_parameters():
+        torch.testing.assert_close(others[name].grad, parameter.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_parameters_that_change_before_backward_are_refused(monkeypatch):
+    run_as(True, monkeypatch)
+    model, x = varied("test_plainmamba")
+    y = model(x)
+    with torch.no_grad():
+        model.blocks[0].mixer.in_proj.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_second_derivatives_are_refused(monkeypatch):
     run_as(True, monkeypatch)
     model, x = varied("test_plainmamba")

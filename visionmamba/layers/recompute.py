@@ -37,19 +37,25 @@ Enter = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 Function = Callable[..., Any]
 
 
+def _parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
 def recomputes(x: torch.Tensor, *modules: nn.Module) -> bool:
     """Whether a layer computes anew: in training, where its kernels run, unless a hook waits inside the modules.
+
+    Nor does it where other tensors stand for the parameters while it runs (``torch.func.functional_call``,
+    ``DataParallel``, the first FSDP): they would be gone by the backward pass.
 
     Args:
         x: The layer's input.
         modules: What is run a second time, or not as a module.
     """
-    inside = (inner for module in modules for inner in module.modules())
-    return torch.is_grad_enabled() and fuses(x, compiled=False) and unwatched(*inside)
-
-
-def _parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    return [parameter for module in modules for parameter in module.parameters()]
+    if not torch.is_grad_enabled() or not fuses(x, compiled=False):
+        return False
+    parameters = _parameters(modules)
+    own = bool(parameters) and all(isinstance(parameter, nn.Parameter) for parameter in parameters)
+    return own and unwatched(*(inner for module in modules for inner in module.modules()))
 
 
 class _Recomputed(torch.autograd.Function):
@@ -57,21 +63,22 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, function: Function, options, modules, count: int, *tensors: torch.Tensor) -> torch.Tensor:
-        tensors, kind = tensors[:count], tensors[0].device.type  # what follows are the modules' parameters
-        ctx.function, ctx.options, ctx.modules = function, options, modules
+        kind = tensors[0].device.type
+        ctx.function, ctx.options, ctx.modules, ctx.count = function, options, modules, count
         ctx.autocast = dict(
             device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind),
             cache_enabled=torch.is_autocast_cache_enabled(),
         )  # fmt: skip
-        ctx.save_for_backward(*tensors)
-        outputs = function(*tensors)
+        ctx.save_for_backward(*tensors)  # the modules' parameters, too: that nothing changes them until backward
+        outputs = function(*tensors[:count])
         return outputs if options is None else torch.ops.visionmamba.selective_scan(*outputs, None, *options)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
         needed = ctx.needs_input_grad[4:]
-        tensors = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=False)]
+        kept = ctx.saved_tensors[: ctx.count]
+        tensors = [t.detach().requires_grad_(n) for t, n in zip(kept, needed, strict=False)]
         leaves = [*tensors, *_parameters(ctx.modules)]  # read again: where they are sharded, they are others by now
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             outputs = ctx.function(*tensors)
