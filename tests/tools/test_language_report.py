@@ -17,7 +17,7 @@ def _write(folder, name, **content):
 def test_page(tmp_path):
     folder = tmp_path / "language"
     (folder / "synthetic").mkdir(parents=True)
-    shape = {"fwd_ms": 0.45, "bwd_ms": 4.07, "relative_errors": {"y": 2e-3, "x": 1e-3}}
+    shape = {"fwd_ms": 0.45, "bwd_ms": 4.07, "fwd_graph_ms": 0.3, "relative_errors": {"y": 2e-3, "x": 1e-3}}
     _write(folder, "ssd.json", ssd={"ssd_196": shape})
     measured = {"ms": 9.0, "graph_ms": 3.0, "peak_mib": 1234.0}
     _write(folder, "length.json", length={"Mamba": {"parameters": 129e6, "lengths": {"2048": measured}}})
@@ -44,7 +44,7 @@ def test_page(tmp_path):
 
     language_report.main(folder)
     page = (tmp_path / "language.md").read_text()
-    assert "| 128, 196, 12, 64, 64 | 0.450 | 0.90 | 2.0 | 4.070 | 4.07 | 1.0 |" in page
+    assert "| 128, 196, 12, 64, 64 | 0.450 | 0.300 | 0.90 | 2.0 (3.0) | 4.070 |  | 4.07 | 1.0 |" in page
     assert "at most 2.0e-03" in page and "commit 0123456789ab." in page
     assert "| 2,048 | 3.0 | 9.0 | 1,234 |" in page
     assert "| 16 | 0.1 | 1 | 0 | 0.01 | 1e-08 |" in page
