@@ -24,8 +24,10 @@ def blocks_join(blocks: Iterable[nn.Module], x: torch.Tensor) -> bool:
         blocks: The blocks.
         x: The first one's input.
     """
+    if not fuses(x, compiled=False):
+        return False
     blocks = list(blocks)
-    return all(hasattr(block, "step") for block in blocks) and unwatched(*blocks) and fuses(x, compiled=False)
+    return all(hasattr(block, "step") for block in blocks) and unwatched(*blocks)
 
 
 def run_joined(blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:

@@ -270,8 +270,8 @@ class SS2D(nn.Module):
     @torch.jit.unused
     def _recomputes(self, x: torch.Tensor) -> bool:
         """Whether the layer keeps its input and the scan's output alone, and computes the rest anew in backward."""
-        if type(self.ssm) is SelectiveSSM or not hasattr(self.ssm, "recomputed"):  # the former has its own operator
-            return False
+        if not torch.is_grad_enabled() or type(self.ssm) is SelectiveSSM or not hasattr(self.ssm, "recomputed"):
+            return False  # SelectiveSSM has an operator of its own
         plain = all(type(layer) is nn.Linear and layer.bias is None for layer in (self.in_proj, self.out_proj))
         return plain and recomputes(x, *self.children())
 

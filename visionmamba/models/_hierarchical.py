@@ -56,7 +56,7 @@ class Stage(nn.Module):
     def forward_blocks(self, x: torch.Tensor) -> torch.Tensor:
         """Run the blocks, recomputing them in backward if so set."""
         if not torch.jit.is_scripting():
-            if not self.grad_checkpointing and unwatched(self.blocks) and blocks_join(self.blocks, x):
+            if not self.grad_checkpointing and blocks_join(self.blocks, x) and unwatched(self.blocks):
                 return run_joined(self.blocks, x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)

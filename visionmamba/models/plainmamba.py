@@ -118,8 +118,9 @@ class PlainMambaMixer(nn.Module):
     @torch.jit.unused
     def _recomputes(self, x: torch.Tensor) -> bool:
         """Whether what the scan reads is computed anew in backward."""
-        plain = type(self.in_proj) is nn.Linear and type(self.conv2d) is DepthwiseConv2d
-        return plain and recomputes(x, self.in_proj, self.conv2d, self.ssm)
+        if not recomputes(x, self.in_proj, self.conv2d, self.ssm):
+            return False
+        return type(self.in_proj) is nn.Linear and type(self.conv2d) is DepthwiseConv2d
 
     @torch.jit.unused
     def _recomputed(self, x: torch.Tensor) -> torch.Tensor:
@@ -232,9 +233,10 @@ class ConvStemEmbed(nn.Module):
     @torch.jit.unused
     def _recomputes(self, x: torch.Tensor) -> bool:
         """Whether the stem's largest maps, those after its norms, are computed anew in backward."""
+        if not recomputes(x, self.stem, self.convs, self.projection):
+            return False
         layers = [*self.stem, *self.convs, self.projection]
-        plain = all(type(layer) in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU) for layer in layers)
-        return plain and recomputes(x, self.stem, self.convs, self.projection)
+        return all(type(layer) in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU) for layer in layers)
 
     @torch.jit.unused
     def _recomputed(self, x: torch.Tensor) -> torch.Tensor:
