@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import visionmamba
 from visionmamba.layers import (
+    SS2D,
     ConvDownsample,
     ConvPatchEmbed,
     LayerNorm,
@@ -173,13 +174,16 @@ JOINED = {
 }
 
 
+SIZES = JOINED | {"test_vim": 64, "test_local_vim": 64}
+
+
 def varied(name):
     torch.manual_seed(0)
-    model = timm.create_model(name, img_size=JOINED[name]).train()
+    model = timm.create_model(name, img_size=SIZES[name]).train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model, torch.randn(2, 3, JOINED[name], JOINED[name])
+    return model, torch.randn(2, 3, SIZES[name], SIZES[name])
 
 
 @pytest.mark.parametrize("name", JOINED)
@@ -188,14 +192,13 @@ def test_blocks_leave_additions_to_each_other_and_compute_anew(name, monkeypatch
     model, x = model.double(), x.double()
     blocks = model.stages[0].blocks if hasattr(model, "stages") else model.blocks
     runs = []
-    monkeypatch.setattr(joined_blocks, "run_joined", None)
-    again = copy.deepcopy(model)
-    separate = results(again, x, False, monkeypatch)
-    statistics = [*again.buffers()]  # of batch norms: moved once
-    monkeypatch.undo()
     for module in ("visionmamba.models._hierarchical", "visionmamba.models._isotropic"):
         run = joined_blocks.run_joined
         monkeypatch.setattr(f"{module}.run_joined", lambda *a, run=run: runs.append(len(a[0])) or run(*a))
+    again = copy.deepcopy(model)
+    separate = results(again, x, False, monkeypatch)
+    assert not runs
+    statistics = [*again.buffers()]  # of batch norms: moved once
     joined = results(model, x, True, monkeypatch)
     assert sum(runs) >= len(blocks)
     torch.testing.assert_close(joined, separate, rtol=1e-5, atol=1e-7)
@@ -231,12 +234,11 @@ def gradients(model, x, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*JOINED, "test_vim", "test_local_vim"])
+@pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_families_on_a_gpu(name, dtype, monkeypatch):
     for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
         monkeypatch.setattr(backend, "allow_tf32", False)
-    JOINED.setdefault(name, 64)
     model, x = varied(name)
     exact = gradients(copy.deepcopy(model).double(), x.double(), None)
     model, x = model.cuda(), x.cuda()
@@ -297,6 +299,14 @@ def test_a_mixer_that_is_watched_keeps_all(monkeypatch):
     assert mixer._recomputes(x)
     mixer.ssm.directions.register_forward_hook(lambda *_: None)  # inside
     assert not mixer._recomputes(x)
+
+
+@pytest.mark.parametrize("ssm", ["selective", "multi_head", "cascade"])
+def test_scans_with_forms_of_their_own_keep_all(ssm, monkeypatch):
+    torch.manual_seed(0)
+    mixer, x = SS2D(12, d_state=4, dt_rank=2, ssm=ssm).double(), torch.randn(2, 5, 4, 12, dtype=torch.double)
+    separate, joined = (results(mixer, x, fused, monkeypatch) for fused in (False, True))
+    torch.testing.assert_close(joined, separate)
 
 
 def test_parameters_that_others_stand_for(monkeypatch):

@@ -25,7 +25,7 @@ class ChannelAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         hidden = int(dim * reduction)
-        self.norm = before_linear(LayerNorm(dim, eps=1e-5, **dd))  # of the mean, which is as linear
+        self.norm = before_linear(LayerNorm(dim, eps=1e-5, **dd))  # a linear layer reads its mean
         self.reduce = nn.Linear(dim, hidden, **dd)
         self.expand = nn.Linear(hidden, dim, **dd)
 

@@ -170,6 +170,9 @@ class SS2D(nn.Module):
         dtype: Their dtype.
     """
 
+    keeps_little = False
+    """Whether training computes anew what is around the scan: for families whose scan has ``recomputed``."""
+
     def __init__(
         self,
         dim: int,
@@ -270,10 +273,9 @@ class SS2D(nn.Module):
     @torch.jit.unused
     def _recomputes(self, x: torch.Tensor) -> bool:
         """Whether the layer keeps its input and the scan's output alone, and computes the rest anew in backward."""
-        if not torch.is_grad_enabled() or type(self.ssm) is SelectiveSSM or not hasattr(self.ssm, "recomputed"):
-            return False  # SelectiveSSM has an operator of its own
-        plain = all(type(layer) is nn.Linear and layer.bias is None for layer in (self.in_proj, self.out_proj))
-        return plain and recomputes(x, *self.children())
+        if not self.keeps_little or not recomputes(x, *self.children()):
+            return False
+        return all(type(layer) is nn.Linear and layer.bias is None for layer in (self.in_proj, self.out_proj))
 
     @torch.jit.unused
     def _recomputed(self, x: torch.Tensor) -> torch.Tensor:

@@ -98,6 +98,8 @@ class AtrousSSM(SelectiveSSM):
 class AtrousSS2D(SS2D):
     """SS2D over the four sub-grids of stride 2, each scanned once; arguments are SS2D's."""
 
+    keeps_little = True
+
     def __init__(self, dim: int, device=None, dtype=None, **kwargs: Any) -> None:
         super().__init__(dim, path=ATROUS_SCAN, device=device, dtype=dtype, **kwargs)
 

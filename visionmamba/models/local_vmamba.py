@@ -70,6 +70,8 @@ class LocalSS2D(SS2D):
         **kwargs: SS2D's.
     """
 
+    keeps_little = True
+
     def __init__(
         self,
         dim: int,
