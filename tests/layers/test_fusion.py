@@ -220,7 +220,8 @@ def test_what_is_computed_anew_is_so_under_autocast(name, monkeypatch):
         pairs = zip(found, exact, strict=True)
         return torch.tensor([float((t - e).norm() / (e.norm() + 1e-12)) for t, e in pairs])
 
-    assert float(errors(joined).median()) <= 1.5 * float(errors(separate).median())
+    for of in (torch.median, torch.max):  # most tensors, and each
+        assert float(of(errors(joined))) <= 1.5 * float(of(errors(separate)))
 
 
 def gradients(model, x, dtype):

@@ -40,7 +40,8 @@ from ..layers import (
     take_class_token,
     widen,
 )
-from ..ops import causal_conv1d, selective_scan
+from ..layers.recompute import ScanInputs
+from ..ops import causal_conv1d
 from ._builder import build_model
 from ._isotropic import IsotropicModel
 from ._vim_official import checkpoint_filter_fn, official_arguments, official_state_dict
@@ -82,16 +83,13 @@ class TiedSSM(SelectiveSSM):
         self.conv_path, self.path = self.path, path
         self.A_log = nn.Parameter(self.A_log.detach().repeat(2, 1, 1))
 
-    def forward(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> torch.Tensor:
-        """Scan tokens ``(B, L, D)`` both ways, gated by ``z`` ``(B, L, D)``; returns the sum, ``(B, L, D)``."""
+    def scan_inputs(self, x: torch.Tensor, z: torch.Tensor | None, grid: list[int]) -> ScanInputs:
+        """Return the scan's tensor arguments for tokens ``(B, L, D)`` and a gate of their shape."""
         x, _ = causal_conv1d(x, self.conv_weight, self.conv_bias, path=self.conv_path, grid=grid)
-        dt, B, C = self.project(x)
-        y, _ = selective_scan(
-            x.squeeze(2), dt.expand(-1, -1, 2, -1), -torch.exp(self.A_log.float()), B.expand(-1, -1, 2, -1),
-            C.expand(-1, -1, 2, -1), self.D.expand(2, -1), z, self.dt_proj_bias.expand(2, -1),
-            self.dt_proj_weight.expand(2, -1, -1), path=self.path, grid=grid,
-        )  # fmt: skip
-        return y
+        dt, B, C = (projected.expand(-1, -1, 2, -1) for projected in self.project(x))
+        A = -torch.exp(self.A_log.float())
+        D, dt_bias = self.D.expand(2, -1), self.dt_proj_bias.expand(2, -1)
+        return x.squeeze(2), dt, A, B, C, D, z, dt_bias, self.dt_proj_weight.expand(2, -1, -1)
 
 
 class VimMixer(GatedMixer):
