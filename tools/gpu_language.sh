@@ -56,7 +56,7 @@ for part in $parts; do
         tail -n 2 "$output"/train_*.log
         ;;
     distributed)
-        step tests_nccl 300 "$python" -m pytest -q -p no:cacheprovider tests/language/test_distributed.py -k two_gpus
+        step tests_nccl 300 "$python" -m pytest -q -p no:cacheprovider tests/language/test_distributed.py -k over_nccl
         ;;
     *)
         echo "unknown part: $part" >&2

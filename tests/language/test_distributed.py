@@ -1,4 +1,6 @@
-"""Tensor and context parallel models equal one process: outputs, gradients, on gloo with two and three processes."""
+"""Tensor and context parallel models equal one process: outputs, gradients; gloo on CPUs, NCCL on one GPU and two."""
+
+import os
 
 import pytest
 import torch
@@ -135,10 +137,12 @@ def _check_errors(name, mesh):
         context_parallel(_model("hybrid", mesh), mesh)
 
 
-def _worker(rank, ranks, meeting, checks, device):
+def _worker(rank, ranks, meeting, checks, device, gpus):
     torch.set_num_threads(1)
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        if gpus < ranks:  # NCCL lets ranks of different hosts share a GPU
+            os.environ |= {"NCCL_HOSTID": str(rank), "NCCL_NET": "Socket"}
+        torch.cuda.set_device(rank % gpus)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", f"file://{meeting}", rank=rank, world_size=ranks)
     try:
         mesh = init_device_mesh(device, (ranks,))
@@ -152,8 +156,8 @@ def _worker(rank, ranks, meeting, checks, device):
 def run(tmp_path):
     """Run checks in several processes, which meet in a file: no port that another test could take."""
 
-    def run(ranks, checks, device="cpu"):
-        mp.spawn(_worker, (ranks, tmp_path / "meeting", checks, device), nprocs=ranks, daemon=True)
+    def run(ranks, checks, device="cpu", gpus=0):
+        mp.spawn(_worker, (ranks, tmp_path / "meeting", checks, device, gpus), nprocs=ranks, daemon=True)
 
     return run
 
@@ -170,15 +174,20 @@ def test_three_processes(run):
     run(3, [("_check_context_parallel", "one_group"), ("_check_errors", "")])
 
 
+_GPUS = pytest.mark.parametrize(
+    "gpus", [1, pytest.param(2, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))]
+)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@_GPUS
 @pytest.mark.parametrize("name", CONFIGS)
-def test_tensor_parallel_on_two_gpus(run, name):
-    run(2, [("_check_tensor_parallel", name)], "cuda")
+def test_tensor_parallel_over_nccl(run, name, gpus):
+    run(2, [("_check_tensor_parallel", name)], "cuda", gpus)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@_GPUS
 @pytest.mark.parametrize("name", ["one_group", "groups", "mlp_beside", "no_norm"])
-def test_context_parallel_on_two_gpus(run, name):
-    run(2, [("_check_context_parallel", name)], "cuda")
+def test_context_parallel_over_nccl(run, name, gpus):
+    run(2, [("_check_context_parallel", name)], "cuda", gpus)

@@ -85,8 +85,11 @@ def finish(*processes) -> None:
     assert statuses(*processes) == [0] * len(processes)
 
 
-def start_world(config: dict, size: int, environment: dict | None = None) -> list:
-    """Start a run of several processes on this machine, which meet as torchrun's do: in a store that is there first."""
+def start_world(config: dict, size: int, environment: dict | None = None, nodes: bool = False) -> list:
+    """Start a run of several processes on this machine, which meet as torchrun's do: in a store that is there first.
+
+    ``nodes``: each takes itself for a machine of its own, which NCCL asks of ranks that share a GPU.
+    """
     from torch.distributed import TCPStore
 
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -97,7 +100,10 @@ def start_world(config: dict, size: int, environment: dict | None = None) -> lis
         "MASTER_PORT": str(store.port),
     }
     common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    processes = [start(config, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(0 if nodes else rank)} for rank in range(size)]
+    if nodes:
+        ranks = [own | {"NCCL_HOSTID": own["RANK"], "NCCL_NET": "Socket"} for own in ranks]
+    processes = [start(config, common | own) for own in ranks]
     processes[0].store = store  # is there as long as they are
     return processes
 

@@ -13,14 +13,14 @@ TOLERANCE = 1e-5
 """Of weights of the order of 1 after a few steps of SGD: float32 sums in another order."""
 
 
-def _check(tmp_path, parallel, images=128, environment=None, **changes):
+def _check(tmp_path, parallel, images=128, environment=None, nodes=False, **changes):
     """Train in one process and in two, and return the largest difference of a weight."""
     config = dict(
         TINY, data=str(write_digits(tmp_path / "digits", images, 61)), opt="sgd", lr=0.05, drop_path=0.0,
         ema_decay=0.8, clip_grad=1.0, warmup_epochs=0, parallel=parallel, **changes,
     )  # fmt: skip
     finish(start(dict(config, out=str(tmp_path / "one")), environment))
-    finish(*start_world(dict(config, out=str(tmp_path / "two")), 2, environment))
+    finish(*start_world(dict(config, out=str(tmp_path / "two")), 2, environment, nodes))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     for key in one:
@@ -42,13 +42,15 @@ def test_accumulation_in_two_processes(parallel, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    "gpus", [1, pytest.param(2, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))]
+)
 @pytest.mark.parametrize("model", ["test_vmamba", "test_vim", "test_mamba2d"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_gpus_equal_one(parallel, model, tmp_path):
+def test_two_ranks_over_nccl_equal_one(parallel, model, gpus, tmp_path):
     exact = {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # of convolutions, TF32 is the default
-    difference = _check(tmp_path, parallel, 64, exact, model=model, device="cuda", epochs=1)
-    print(f"{model} {parallel}: largest difference of a weight {difference:.1e}, tolerance {TOLERANCE:.0e}")
+    difference = _check(tmp_path, parallel, 64, exact, nodes=gpus == 1, model=model, device="cuda", epochs=1)
+    print(f"{model} {parallel}: {gpus} GPUs, largest difference of a weight {difference:.1e}, of {TOLERANCE:.0e}")
 
 
 @pytest.mark.slow
