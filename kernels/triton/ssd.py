@@ -10,10 +10,11 @@ With Delta the step sizes and s the running sum of Delta A within a chunk (Dao &
 outputs touches memory. Where there are too few rows, the path is cut into segments: ``ssd_states`` computes what each
 adds to the state, ``ssd_pass`` hands states on, and the segments then run in parallel.
 
-Backward: ``ssd_states`` and ``ssd_pass`` give the state before each chunk and, run in reverse on dy and C, the gradient
-of the state after it. With these every chunk is on its own: ``ssd_gradients`` takes one head, ``ssd_shared_gradients``
-sums dB and dC over heads of a group in registers. (One kernel for both would spill.) Nothing is accumulated with
-atomics, so results do not depend on the run.
+Backward: ``ssd_states`` walks every row twice at once, forward with x and B for the state before each chunk, and from
+the end with dy and C for the gradient of the state after it; in segments, too, where there are too few rows. With these
+every chunk is on its own: ``ssd_gradients`` takes one head, ``ssd_shared_gradients`` sums dB and dC over heads of a
+group in registers. (One kernel for both would spill.) States are stored in the activations' dtype, in which matrix
+units take them. Nothing is accumulated with atomics, so results do not depend on the run.
 """
 
 import triton
@@ -178,7 +179,7 @@ def _advance(state, scores, x, B, C, step, entry, leaving, through, PRECISION: t
 
 @triton.jit
 def ssd_forward(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, order_ptr, segment_ptr, before_ptr, y_ptr, final_ptr,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, order_ptr, segment_ptr, initial_ptr, y_ptr, final_ptr,
     steps, directions, heads, heads_per_group, chunks_per_segment, segments,
     x_b, x_l, x_k, x_h, dt_b, dt_l, dt_k, dt_h, B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, z_b, z_l, z_k, z_h,
     y_b, y_l, y_k, y_h, dt_min, dt_max,
@@ -201,7 +202,7 @@ def ssd_forward(
     state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     if STATE:
         place = (row.to(tl.int64) * segments + part) * P * N
-        state = tl.load(before_ptr + place + state_offsets, mask=state_mask, other=0.0)
+        state = tl.load(initial_ptr + place + state_offsets, mask=state_mask, other=0.0)
     for c in range(0, chunks_per_segment):
         start = (part * chunks_per_segment + c) * Q
         token, valid, total, entry, leaving, through, step, sequence = _chunk(
@@ -226,74 +227,86 @@ def ssd_forward(
 
 @triton.jit
 def ssd_states(
-    value_ptr, dt_ptr, A_ptr, key_ptr, bias_ptr, order_ptr, segment_ptr, state_ptr, through_ptr,
-    steps, directions, heads, heads_per_group, chunks_per_segment, segments,
-    v_b, v_l, v_k, v_h, dt_b, dt_l, dt_k, dt_h, key_b, key_l, key_k, key_g, dt_min, dt_max,
+    x_ptr, dy_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, bias_ptr, order_ptr, segment_ptr, initial_ptr, dfinal_ptr,
+    before_ptr, after_ptr, dinitial_ptr, through_ptr,
+    steps, directions, heads, heads_per_group, chunks_per_segment, segments, chunks, blocks_p,
+    dy_b, dy_l, dy_k, dy_h, x_b, x_l, x_k, x_h, dt_b, dt_l, dt_k, dt_h, B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g,
+    dt_min, dt_max,
     P, N, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, EACH: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """What one segment of a row adds to the state after it, and its decay.
+    """States along one segment of a row, forward from x and B; in programs of the second half backward from dy and C.
 
-    In REVERSE the value is dy and the key C: what the segment adds to the gradient of the state before it.
+    With EACH the states before the chunks and the gradients of those after them, given what enters the segment from
+    either end, and the gradient of the initial state. Else what the segment adds to each, and its decay.
     """
     row, part = tl.program_id(0), tl.program_id(1)
+    reverse = tl.program_id(2) >= blocks_p
     b, k, h, g, kh = _place(row, directions, heads, heads_per_group)
-    q, p, n = tl.arange(0, Q), tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    value_ptr += b * v_b + k * v_k + h * v_h
+    q, n = tl.arange(0, Q), tl.arange(0, BLOCK_N)
+    p = tl.program_id(2) % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
     dt_ptr += b * dt_b + k * dt_k + h * dt_h
-    key_ptr += b * key_b + k * key_k + g * key_g
     order_ptr += k * steps
     segment_ptr += (b * directions + k) * steps
+    if reverse:
+        value_ptr = dy_ptr + b * dy_b + k * dy_k + h * dy_h
+        key_ptr = C_ptr + b * C_b + k * C_k + g * C_g
+        enters_ptr, state_ptr, v_l, key_l = dfinal_ptr, after_ptr, dy_l, C_l
+    else:
+        value_ptr = x_ptr + b * x_b + k * x_k + h * x_h
+        key_ptr = B_ptr + b * B_b + k * B_k + g * B_g
+        enters_ptr, state_ptr, v_l, key_l = initial_ptr, before_ptr, x_l, B_l
+    enters = tl.where(reverse, FINAL, INITIAL) > 0
     A, bias = _decay_and_bias(A_ptr, bias_ptr, kh, BIAS)
-    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    state_offsets, state_mask = _state_layout(p, n, P, N)
+    base = row.to(tl.int64) * segments + part
+    state = tl.load(enters_ptr + base * P * N + state_offsets, mask=tl.where(enters, state_mask, False), other=0.0)
     decay = 1.0
     for c in range(0, chunks_per_segment):
-        chunk = part * chunks_per_segment + c
-        if REVERSE:
-            chunk = part * chunks_per_segment + chunks_per_segment - 1 - c
+        chunk = part * chunks_per_segment + tl.where(reverse, chunks_per_segment - 1 - c, c)
         token, valid, _total, entry, leaving, through, step, _sequence = _chunk(
             order_ptr, segment_ptr, dt_ptr, dt_l, A, bias, chunk * Q, q, steps, dt_min, dt_max, Q, SOFTPLUS, PACKED,
             PRECISION,
         )  # fmt: skip
-        weight = leaving * step
-        if REVERSE:
-            weight = entry
+        if EACH:
+            place = state_ptr + (row.to(tl.int64) * chunks + chunk) * P * N + state_offsets
+            tl.store(place, state.to(state_ptr.dtype.element_ty), mask=tl.where(chunk < chunks, state_mask, False))
+        weight = tl.where(reverse, entry, leaving * step)
         value = _rows_of(value_ptr, token, v_l, p, valid, P).to(tl.float32) * weight[:, None]
         key = _rows_of(key_ptr, token, key_l, n, valid, N)
         state = through * state + tl.dot(tl.trans(value).to(key.dtype), key, input_precision=PRECISION)
         decay *= through
-    base = row.to(tl.int64) * segments + part
-    mask = (p < P)[:, None] & (n < N)[None, :]
-    tl.store(state_ptr + base * P * N + p[:, None] * N + n[None, :], state, mask=mask)
-    if tl.program_id(2) == 0:
+    if EACH:
+        if reverse & (part == 0):
+            tl.store(dinitial_ptr + row.to(tl.int64) * P * N + state_offsets, state, mask=state_mask)
+    else:
+        tl.store(state_ptr + base * P * N + state_offsets, state, mask=state_mask)
         tl.store(through_ptr + base, decay)
 
 
 @triton.jit
 def ssd_pass(
-    state_ptr, through_ptr, first_ptr, last_ptr, segments, size,
-    BLOCK: tl.constexpr, FIRST: tl.constexpr, REVERSE: tl.constexpr,
+    before_ptr, after_ptr, through_ptr, initial_ptr, dfinal_ptr, segments, size,
+    BLOCK: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """Replace each segment's contribution by the state that enters it; write what leaves the last one.
-
-    In REVERSE gradients enter from the segments' ends.
-    """
+    """Replace each segment's contribution by the state that enters it, or its gradient, which enters from the end."""
     row = tl.program_id(0).to(tl.int64)
+    reverse = tl.program_id(2) == 1
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
-    state = tl.zeros([BLOCK], tl.float32)
-    if FIRST:
-        state = tl.load(first_ptr + row * size + offsets, mask=mask, other=0.0)
+    if reverse:
+        enters_ptr, state_ptr = dfinal_ptr, after_ptr
+    else:
+        enters_ptr, state_ptr = initial_ptr, before_ptr
+    enters = tl.where(reverse, FINAL, INITIAL) > 0
+    state = tl.load(enters_ptr + row * size + offsets, mask=tl.where(enters, mask, False), other=0.0)
     for c in tl.range(0, segments, num_stages=4):  # loads run ahead of the sum
-        part = c
-        if REVERSE:
-            part = segments - 1 - c
+        part = tl.where(reverse, segments - 1 - c, c)
         place = state_ptr + (row * segments + part) * size + offsets
         added = tl.load(place, mask=mask, other=0.0)
         through = tl.load(through_ptr + row * segments + part)
         tl.store(place, state, mask=mask)
         state = through * state + added
-    tl.store(last_ptr + row * size + offsets, state, mask=mask)
 
 
 @triton.jit
@@ -313,11 +326,11 @@ def _within_chunk(weights, x, dy, step, Q: tl.constexpr, PRECISION: tl.constexpr
 @triton.jit
 def _add_states(dx, dstep, dlog, x, dy, B, C, before, after, step, entry, leaving, through, PRECISION: tl.constexpr):
     """Add what comes from the state before a chunk, and from its part in the state after it."""
-    dlog += through * tl.sum(tl.sum(before * after, axis=1), axis=0)
-    reached = tl.dot(C, tl.trans(before.to(C.dtype)), input_precision=PRECISION)
+    dlog += through * tl.sum(tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1), axis=0)
+    reached = tl.dot(C, tl.trans(before), input_precision=PRECISION)
     entering = tl.sum(dy.to(tl.float32) * reached, axis=1) * entry
     dlog += tl.cumsum(entering, axis=0, reverse=True)
-    stored = tl.dot(B, tl.trans(after.to(B.dtype)), input_precision=PRECISION)
+    stored = tl.dot(B, tl.trans(after), input_precision=PRECISION)
     kept = tl.sum(x.to(tl.float32) * stored, axis=1) * leaving
     dx += (leaving * step)[:, None] * stored
     dstep += kept
@@ -328,14 +341,17 @@ def _add_states(dx, dstep, dlog, x, dy, B, C, before, after, step, entry, leavin
 @triton.jit
 def ssd_gradients(
     dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, order_ptr, segment_ptr, before_ptr, after_ptr,
-    dx_ptr, ddt_ptr, dA_ptr, dD_ptr,
+    dx_ptr, ddt_ptr, dA_ptr, dbias_ptr, dD_ptr,
     steps, num_tokens, directions, heads, heads_per_group, chunks,
     dy_b, dy_l, dy_k, dy_h, x_b, x_l, x_k, x_h, dt_b, dt_l, dt_k, dt_h, B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g,
     dt_min, dt_max,
     P, N, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SKIP: tl.constexpr, BIAS: tl.constexpr,
     PACKED: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x, dt, A and D in a chunk of a row, given the state before it and the gradient of that after it."""
+    """Gradients of x, dt, A, the bias and D in a chunk of a row, given the state before it and that after's gradient.
+
+    Those of A, bias and D are a chunk's part: (batch and chunk, direction and head).
+    """
     row, chunk = tl.program_id(0), tl.program_id(1)
     b, k, h, g, kh = _place(row, directions, heads, heads_per_group)
     q, p, n = tl.arange(0, Q), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
@@ -362,16 +378,22 @@ def ssd_gradients(
     before = tl.load(before_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
     after = tl.load(after_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
     dx, dstep, dlog = _add_states(dx, dstep, dlog, x, dy, B, C, before, after, step, entry, leaving, through, PRECISION)
+    part = (b * chunks + chunk) * directions * heads + kh
     if SKIP > 0:
         per_channel = tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=0)
-        tl.store(dD_ptr + (row.to(tl.int64) * chunks + chunk) * P + p, per_channel, mask=p < P)
+        if SKIP == 1:
+            tl.store(dD_ptr + part, tl.sum(per_channel, axis=0))
+        else:
+            tl.store(dD_ptr + part * P + p, per_channel, mask=p < P)
         dx += _skip_weight(D_ptr, kh, p, P, SKIP) * dy.to(tl.float32)
-    tl.store(dA_ptr + row.to(tl.int64) * chunks + chunk, tl.sum(dlog * step, axis=0))
+    tl.store(dA_ptr + part, tl.sum(dlog * step, axis=0))
     dpre = tl.where(free, dstep + dlog * A, 0.0)
     if SOFTPLUS:
         dpre = dpre / (1.0 + tl.exp(-pre))
+    if BIAS:
+        tl.store(dbias_ptr + part, tl.sum(dpre, axis=0))
     token_row = (b * num_tokens + token) * directions * heads + kh
-    tl.store(ddt_ptr + token_row, dpre, mask=valid)
+    tl.store(ddt_ptr + token_row, dpre.to(ddt_ptr.dtype.element_ty), mask=valid)
     _store_rows(dx_ptr, token_row, P, p, valid, P, dx)
 
 
@@ -418,10 +440,10 @@ def ssd_shared_gradients(
             decay = _decay_matrix(total, sequence, Q, PACKED, PRECISION) * step[None, :]
             dscores += tl.dot(dy, tl.trans(x), input_precision=PRECISION) * decay
             state_base = ((b * directions * heads + kh) * chunks + chunk) * P * N
-            before = tl.load(before_ptr + state_base + state_offsets, mask=state_mask, other=0.0).to(x.dtype)
+            before = tl.load(before_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
             carried = (dy.to(tl.float32) * entry[:, None]).to(x.dtype)
             dC += tl.dot(carried, before, input_precision=PRECISION)
-            after = tl.load(after_ptr + state_base + state_offsets, mask=state_mask, other=0.0).to(x.dtype)
+            after = tl.load(after_ptr + state_base + state_offsets, mask=state_mask, other=0.0)
             weighted = (x.to(tl.float32) * (leaving * step)[:, None]).to(x.dtype)
             dB += tl.dot(weighted, after, input_precision=PRECISION)
     B = _rows_of(B_ptr + b * B_b + k * B_k + g * B_g, token, B_l, n, valid, N)

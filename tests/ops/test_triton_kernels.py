@@ -41,6 +41,9 @@ _ACTIVATIONS = {
     "key_ptr",
     "dy_ptr",
     "dx_ptr",
+    "ddt_ptr",
+    "before_ptr",
+    "after_ptr",
     "out_ptr",
 }
 
@@ -77,7 +80,7 @@ def _ssd_kernels(dtype, head_dim, states, **flags):
     precision = "ieee" if dtype == torch.float32 else "tf32"
     for kernel, constants in (
         (ssd.ssd_forward, {"SKIP": 2, "GATE": True, "STATE": True}),
-        (ssd.ssd_states, {"REVERSE": True}),
+        (ssd.ssd_states, {"EACH": True, "INITIAL": 1, "FINAL": 0}),
         (ssd.ssd_gradients, {"SKIP": 1}),
         (ssd.ssd_shared_gradients, {}),
     ):
@@ -111,7 +114,7 @@ def test_compiles(architecture):
         assert "mma" in _compile(kernel, architecture, options, **constants).asm["ptx"]
     flags = {"BLOCK": 1024, "BIAS": False, "RMS": True}
     narrow = {"num_warps": 4}
-    _compile(ssd.ssd_pass, architecture, narrow, BLOCK=1024, FIRST=True, REVERSE=True)
+    _compile(ssd.ssd_pass, architecture, narrow, BLOCK=1024, INITIAL=1, FINAL=0)
     _compile(norm.gated_norm, architecture, narrow, **flags, GATE=True, BEFORE=False)
     _compile(norm.gated_norm_backward, architecture, narrow, **flags, GATE=True, BEFORE=False)
     _compile(norm.add_norm, architecture, narrow, **flags, RESIDUAL=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ __all__ = ["backward", "forward"]
 
 _ENOUGH_PROGRAMS = 256
 """Rows times blocks of channels from which on the chunks of a row are walked one after the other."""
+_CHUNKS_OF_A_SEGMENT = 4
+"""Of rows cut into segments in the backward pass."""
 _SPLIT_PROGRAMS = 1024
 """Programs of the gradient kernel from which on one of them takes all heads of a group."""
 
@@ -98,7 +100,7 @@ class _Call:
         )
         self.batch, self.num_tokens, self.head_dim = x.shape[0], x.shape[1], x.shape[-1]
         self.directions, self.heads = A.shape
-        self.groups, self.states = B.shape[3:]
+        self.groups, self.num_states = B.shape[3:]
         self.ratio = self.heads // self.groups
         self.order = scan_order(path, tuple(grid), x.device)
         self.num_steps = self.order.shape[1]
@@ -133,40 +135,52 @@ class _Call:
     def blocks_p(self) -> int:
         return -(-self.head_dim // self.tiling.block_p)
 
-    def x_strides(self) -> tuple[int, int, int, int]:
-        return _strides(self.x, self.x.dim() == 5)
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Of x, dt, B and C."""
+        x = _strides(self.x, self.x.dim() == 5)
+        return *x, *_strides(self.dt, True), *_strides(self.B, True), *_strides(self.C, True)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32, filled: bool = True) -> Tensor:
         """An output; zeros where the path leaves tokens out."""
         make = torch.empty if filled else torch.zeros
         return make(shape, dtype=dtype, device=self.x.device)
 
-    def contributions(self, value, value_strides, key, segments: int, reverse: bool) -> tuple[Tensor, Tensor]:
-        """Launch ``ssd_states``: contributions (rows, segments, P, N) and decays (rows, segments)."""
+    def states(
+        self, dy: Tensor | None, segments: int, before: Tensor, after: Tensor, initial: Tensor | None = None,
+        final: Tensor | None = None, dinitial: Tensor | None = None, through: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Launch ``ssd_states``, which fills ``before`` and, given dy, ``after``; and ``through`` or ``dinitial``."""
         from visionmamba.kernels.triton.ssd import ssd_states
 
-        state = self.new(self.rows, segments, self.head_dim, self.states)
-        through = self.new(self.rows, segments)
-        ssd_states[self.rows, segments, self.blocks_p](
-            value, self.dt, self.A, key, self.or_any(self.bias), self.order, self.or_any(self.segment), state, through,
-            *self.sizes_of_rows, -(-self.chunks // segments), segments,
-            *value_strides, *_strides(self.dt, True), *_strides(key, True), *self.limits,
-            self.head_dim, self.states, **self.options, REVERSE=reverse,
+        dy_in = self.x if dy is None else dy
+        ssd_states[self.rows, segments, self.blocks_p * (1 if dy is None else 2)](
+            self.x, dy_in, self.dt, self.A, self.B, self.C, self.or_any(self.bias), self.order,
+            self.or_any(self.segment), self.or_any(initial), self.or_any(final), before, after, self.or_any(dinitial),
+            self.or_any(through), *self.sizes_of_rows, -(-self.chunks // segments), segments, self.chunks,
+            self.blocks_p, *_strides(dy_in, dy_in.dim() == 5), *self.strides, *self.limits,
+            self.head_dim, self.num_states,
+            **self.options, EACH=through is None, INITIAL=int(initial is not None), FINAL=int(final is not None),
         )  # fmt: skip
-        return state, through
 
-    def pass_on(self, state: Tensor, through: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
-        """Launch ``ssd_pass``; returns what leaves the last segment, (rows, P, N)."""
+    def entering(
+        self, dy: Tensor | None, segments: int, initial: Tensor | None, final: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """States that enter segments, (rows, segments, P, N), and given dy the gradients of those that leave them."""
         from visionmamba.kernels.triton.ssd import ssd_pass
 
-        size = self.head_dim * self.states
-        last = self.new(self.rows, self.head_dim, self.states)
+        sides = 1 if dy is None else 2
+        both = self.new(sides, self.rows, segments, self.head_dim, self.num_states)
+        before, after = both[0], both[-1]
+        through = self.new(self.rows, segments)
+        self.states(dy, segments, before, after, through=through)
+        size = self.head_dim * self.num_states
         block = min(256, power_of_two(size))
-        ssd_pass[self.rows, -(-size // block)](
-            state, through, self.or_any(first), last, state.shape[1], size,
-            BLOCK=block, FIRST=first is not None, REVERSE=reverse, num_warps=2,
+        ssd_pass[self.rows, -(-size // block), sides](
+            before, after, through, self.or_any(initial), self.or_any(final), segments, size,
+            BLOCK=block, INITIAL=int(initial is not None), FINAL=int(final is not None), num_warps=2,
         )  # fmt: skip
-        return last
+        return before, after
 
 
 def _skip(D: Tensor | None) -> int:
@@ -187,9 +201,7 @@ def _run(call: _Call, D, z, initial_states, merge: bool) -> tuple[Tensor, Tensor
     segments = _segments_of(call)
     before = None if initial_states is None else initial_states.float().contiguous()
     if segments > 1:
-        state, through = call.contributions(call.x, call.x_strides(), call.B, segments, reverse=False)
-        call.pass_on(state, through, before, reverse=False)
-        before = state
+        before, _ = call.entering(None, segments, before, None)
     summed = merge and call.directions > 1
     gate = z is not None and not summed
     middle = (call.directions,) if not merge or summed else ()
@@ -197,15 +209,14 @@ def _run(call: _Call, D, z, initial_states, merge: bool) -> tuple[Tensor, Tensor
         call.batch, call.num_tokens, *middle, call.heads, call.head_dim,
         dtype=torch.float32 if summed else call.x.dtype, filled=call.complete,
     )  # fmt: skip
-    final = call.new(call.batch, call.directions, call.heads, call.head_dim, call.states)
+    final = call.new(call.batch, call.directions, call.heads, call.head_dim, call.num_states)
     z_in = _last_contiguous(z) if gate else None
     ssd_forward[call.rows, segments, call.blocks_p](
         call.x, call.dt, call.A, call.B, call.C, call.or_any(call.D), call.or_any(z_in), call.or_any(call.bias),
         call.order, call.or_any(call.segment), call.or_any(before), y, final,
         *call.sizes_of_rows, -(-call.chunks // segments), segments,
-        *call.x_strides(), *_strides(call.dt, True), *_strides(call.B, True), *_strides(call.C, True),
-        *_strides(z_in, z_in is not None and z_in.dim() == 5), *_strides(y, bool(middle)), *call.limits,
-        call.head_dim, call.states, **call.options, SKIP=_skip(D), GATE=gate, STATE=before is not None,
+        *call.strides, *_strides(z_in, z_in is not None and z_in.dim() == 5), *_strides(y, bool(middle)), *call.limits,
+        call.head_dim, call.num_states, **call.options, SKIP=_skip(D), GATE=gate, STATE=before is not None,
     )  # fmt: skip
     if summed:
         y = y.sum(2)
@@ -240,18 +251,23 @@ class _Backward:
 
     call: _Call
     dy: Tensor
-    before: Tensor  # (rows, chunks, P, N) state before the chunk
+    before: Tensor  # (rows, chunks, P, N) state before the chunk, in the dtype of x
     after: Tensor  # gradient of the state after it
     dinitial: Tensor
 
     @classmethod
     def prepare(cls, call: _Call, dy: Tensor, initial_states: Tensor | None, dfinal: Tensor | None) -> _Backward:
         dy = _last_contiguous(dy.to(call.x.dtype))
-        first, last = (None if state is None else state.float().contiguous() for state in (initial_states, dfinal))
-        before, through = call.contributions(call.x, call.x_strides(), call.B, call.chunks, reverse=False)
-        call.pass_on(before, through, first, reverse=False)
-        after, through = call.contributions(dy, _strides(dy, dy.dim() == 5), call.C, call.chunks, reverse=True)
-        return cls(call, dy, before, after, call.pass_on(after, through, last, reverse=True))
+        initial, final = (None if state is None else state.float().contiguous() for state in (initial_states, dfinal))
+        segments = 1 if call.rows >= _ENOUGH_PROGRAMS else -(-call.chunks // _CHUNKS_OF_A_SEGMENT)
+        if segments > 1:
+            initial, final = call.entering(dy, segments, initial, final)
+        before, after = (
+            call.new(call.rows, call.chunks, call.head_dim, call.num_states, dtype=call.x.dtype) for _ in range(2)
+        )
+        dinitial = call.new(call.rows, call.head_dim, call.num_states)
+        call.states(dy, segments, before, after, initial, final, dinitial)
+        return cls(call, dy, before, after, dinitial)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -260,14 +276,10 @@ class _Backward:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        call = self.call
-        return (
-            *_strides(self.dy, self.dy.dim() == 5), *call.x_strides(), *_strides(call.dt, True),
-            *_strides(call.B, True), *_strides(call.C, True),
-        )  # fmt: skip
+        return *_strides(self.dy, self.dy.dim() == 5), *self.call.strides
 
-    def of_heads(self, D: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Launch ``ssd_gradients``: gradients of x (B, L, [K,] H, P), of dt, A and D."""
+    def of_heads(self, D: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Launch ``ssd_gradients``: gradients of x (B, L, [K,] H, P), of dt, A, the bias and D."""
         from visionmamba.kernels.triton.ssd import ssd_gradients
 
         call = self.call
@@ -277,19 +289,19 @@ class _Backward:
             batch, tokens, directions, heads, call.head_dim,
             dtype=torch.float32 if shared else call.x.dtype, filled=call.complete,
         )  # fmt: skip
-        ddt = call.new(batch, tokens, directions, heads, filled=call.complete)
-        dA = call.new(batch, directions, heads, call.chunks)
-        dD = None if D is None else call.new(batch, directions, heads, call.chunks, call.head_dim)
+        ddt = call.new(batch, tokens, directions, heads, dtype=call.dt.dtype, filled=call.complete)
+        parts = batch * call.chunks
+        dA = call.new(parts, directions, heads)
+        dbias = None if call.bias is None else torch.empty_like(dA)
+        dD = None if D is None else call.new(parts, *D.shape)
         ssd_gradients[call.rows, call.chunks](
             *self.inputs, call.or_any(call.D), call.or_any(call.bias), call.order, call.or_any(call.segment),
-            self.before, self.after, dx, ddt, dA, call.or_any(dD),
+            self.before, self.after, dx, ddt, dA, call.or_any(dbias), call.or_any(dD),
             call.num_steps, tokens, directions, heads, call.ratio, call.chunks, *self.strides, *call.limits,
-            call.head_dim, call.states, **call.options, SKIP=_skip(D),
+            call.head_dim, call.num_states, **call.options, SKIP=_skip(D),
         )  # fmt: skip
-        if dD is not None:
-            dD = dD.sum((0, 3))
-            dD = dD if D.dim() == 3 else dD.sum(-1)
-        return dx.sum(2) if shared else dx.reshape(call.x.shape), ddt, dA.sum((0, 3)), dD
+        summed = (None if part is None else part.sum(0) for part in (dA, dbias, dD))
+        return dx.sum(2) if shared else dx.reshape(call.x.shape), ddt, *summed
 
     def of_groups(self) -> tuple[Tensor, Tensor]:
         """Launch ``ssd_shared_gradients``: gradients of B and C."""
@@ -301,17 +313,18 @@ class _Backward:
         splits = min(call.ratio, -(-_SPLIT_PROGRAMS // (groups * call.chunks)))
         heads_per_program = -(-call.ratio // splits)
         splits = -(-call.ratio // heads_per_program)
+        dtype = torch.float32 if splits > 1 else call.B.dtype
         dB, dC = (
-            call.new(batch, tokens, splits, directions, call.groups, call.states, filled=call.complete)
+            call.new(batch, tokens, splits, directions, call.groups, call.num_states, dtype=dtype, filled=call.complete)
             for _ in range(2)
         )  # fmt: skip
         ssd_shared_gradients[groups * splits, call.chunks](
             *self.inputs, call.or_any(call.bias), call.order, call.or_any(call.segment), self.before, self.after,
             dB, dC, call.num_steps, tokens, directions, call.heads, call.groups, call.ratio, heads_per_program,
-            splits, call.chunks, *self.strides, *call.limits, call.head_dim, call.states,
+            splits, call.chunks, *self.strides, *call.limits, call.head_dim, call.num_states,
             **call.options | {"num_warps": call.tiling.shared_warps},
         )  # fmt: skip
-        return dB.sum(2), dC.sum(2)
+        return (dB.sum(2), dC.sum(2)) if splits > 1 else (dB.squeeze(2), dC.squeeze(2))
 
 
 def backward(
@@ -325,9 +338,8 @@ def backward(
         dy, dz = _ungated_gradient(dy, z, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, options, merge)
     call = _Call(x, dt, A, B, C, D, dt_bias, seq_idx, *options, backward=True)
     gradients = _Backward.prepare(call, dy, initial_states, dfinal)
-    dx, ddt, dA, dD = gradients.of_heads(D)
+    dx, ddt, dA, dbias, dD = gradients.of_heads(D)
     dB, dC = gradients.of_groups()
-    dbias = None if dt_bias is None else ddt.sum((0, 1))
     dinitial = None if initial_states is None else gradients.dinitial.reshape(initial_states.shape)
     return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
 
