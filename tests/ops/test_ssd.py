@@ -81,8 +81,9 @@ def test_goldens(name, device):
         ({"length": 197, "head_dim": 16, "state": False, "D": 0, "batch": 1}, {"chunk_size": 64}),
         ({"length": 130, "groups": 4, "batch": 1}, {"dt_limit": (0.1, 0.7)}),
         ({"length": 33, "dt_softplus": False}, {"dt_softplus": False}),
+        ({"length": 550, "heads": 2, "groups": 1, "batch": 1}, {"chunk_size": 64}),
     ],
-    ids=["one", "odd", "n1", "l197", "limit", "no_softplus"],
+    ids=["one", "odd", "n1", "l197", "limit", "no_softplus", "segments"],
 )
 def test_sequence_against_reference(shape, options, device):
     shape.pop("dt_softplus", None)
@@ -105,7 +106,7 @@ def test_paths_against_reference(path, grid, length, directions, shared, merge, 
     _compare(tensors, 2e-5, path=path, grid=grid, merge=merge)
 
 
-@pytest.mark.parametrize(("length", "chunk_size"), [(40, 16), (200, 64)])
+@pytest.mark.parametrize(("length", "chunk_size"), [(40, 16), (550, 64)])
 def test_packed_sequences_against_reference(length, chunk_size, device):
     generator = torch.Generator().manual_seed(3)
     seq_idx = torch.sort(torch.randint(0, 6, (2, length), generator=generator), dim=1).values

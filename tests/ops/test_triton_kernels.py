@@ -86,7 +86,8 @@ def _ssd_kernels(dtype, head_dim, states, **flags):
     ):
         tiling = _tiling(x, B, 1024, backward=kernel is not ssd.ssd_forward)
         sizes = {"Q": tiling.chunk, "BLOCK_P": tiling.block_p, "BLOCK_N": tiling.block_n}
-        warps = tiling.shared_warps if kernel is ssd.ssd_shared_gradients else tiling.warps
+        special = {ssd.ssd_shared_gradients: tiling.shared_warps, ssd.ssd_states: tiling.states_warps}
+        warps = special.get(kernel, tiling.warps)
         common = {"BIAS": True, "PACKED": True, "SOFTPLUS": True, "PRECISION": precision} | flags
         yield kernel, {"num_warps": warps, "num_stages": 2}, sizes | common | constants
 

@@ -17,9 +17,9 @@ __all__ = ["backward", "forward"]
 
 _ENOUGH_PROGRAMS = 256
 """Rows times blocks of channels from which on the chunks of a row are walked one after the other."""
-_CHUNKS_OF_A_SEGMENT = 4
+_CHUNKS_OF_A_SEGMENT = 16
 """Of rows cut into segments in the backward pass."""
-_SPLIT_PROGRAMS = 1024
+_SPLIT_PROGRAMS = 256
 """Programs of the gradient kernel from which on one of them takes all heads of a group."""
 
 
@@ -32,6 +32,7 @@ class _Tiling:
     block_n: int
     warps: int
     shared_warps: int  # of the kernel that sums over heads
+    states_warps: int  # of the kernel that walks rows for their states alone
 
 
 def _tiling(x: Tensor, B: Tensor, num_steps: int, backward: bool) -> _Tiling:
@@ -49,7 +50,7 @@ def _tiling(x: Tensor, B: Tensor, num_steps: int, backward: bool) -> _Tiling:
         longest = 128
     chunk = min(longest, max(16, power_of_two(num_steps)))
     warps = 8 if wide or size > 64 * 128 else 4
-    return _Tiling(chunk, block_p, block_n, warps, 8 if wide or size > 64 * 64 else 4)
+    return _Tiling(chunk, block_p, block_n, warps, 8 if wide or size > 64 * 64 else 4, 2 if warps == 4 else 8)
 
 
 def _supports(
@@ -160,7 +161,8 @@ class _Call:
             self.or_any(through), *self.sizes_of_rows, -(-self.chunks // segments), segments, self.chunks,
             self.blocks_p, *_strides(dy_in, dy_in.dim() == 5), *self.strides, *self.limits,
             self.head_dim, self.num_states,
-            **self.options, EACH=through is None, INITIAL=int(initial is not None), FINAL=int(final is not None),
+            **self.options | {"num_warps": self.tiling.states_warps},
+            EACH=through is None, INITIAL=int(initial is not None), FINAL=int(final is not None),
         )  # fmt: skip
 
     def entering(
