@@ -12,6 +12,7 @@ from torch import Tensor
 from ._autocast import autocast_activations
 from ._checks import check_dtype, check_same_device, check_shape
 from ._cuda_norm import row_layout  # registers the backend, too
+from ._operator import differentiable, operator, register_fake
 from .backend import Implementation, register_implementation, select
 from .norm import normalise, normalise_backward
 
@@ -52,7 +53,7 @@ _SCHEMA = (
 )
 
 
-@torch.library.custom_op("visionmamba::channel_norm", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
+@operator("channel_norm", f"({_SCHEMA}) -> (Tensor, Tensor)")
 def _channel_norm(x, added, weight, bias, shift, eps, rms, scale, dtype):
     check_dtype("x", x)
     for name, parameter in (("weight", weight), ("bias", bias), ("shift", shift)):
@@ -68,19 +69,16 @@ def _channel_norm(x, added, weight, bias, shift, eps, rms, scale, dtype):
     return out, x.new_empty(0) if total is None else total
 
 
-@_channel_norm.register_fake
+@register_fake("channel_norm")
 def _(x, added, weight, bias, shift, eps, rms, scale, dtype):
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     return out, x.new_empty(0) if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op(
-    "visionmamba::channel_norm_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor dout, Tensor? dtotal, Tensor total, Tensor weight, Tensor? bias, Tensor? shift, float eps, bool rms, "
-        "float scale, ScalarType? added_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
+@operator(
+    "channel_norm_backward",
+    "(Tensor dout, Tensor? dtotal, Tensor total, Tensor weight, Tensor? bias, Tensor? shift, float eps, bool rms, "
+    "float scale, ScalarType? added_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _channel_norm_backward(dout, dtotal, total, weight, bias, shift, eps, rms, scale, added_dtype):
     arguments = (total, weight, bias, shift, eps, rms, scale, added_dtype)
@@ -93,7 +91,7 @@ def _channel_norm_backward(dout, dtotal, total, weight, bias, shift, eps, rms, s
     return dx, dadded, dweight.to(weight.dtype), dbias, dshift
 
 
-@_channel_norm_backward.register_fake
+@register_fake("channel_norm_backward")
 def _(dout, dtotal, total, weight, bias, shift, eps, rms, scale, added_dtype):
     absent = total.new_empty(0)
     dadded = absent if added_dtype is None else torch.empty(total.shape, dtype=added_dtype, device=total.device)
@@ -121,7 +119,7 @@ def _autograd(ctx, dout, dtotal):
     return dx, dadded, dweight, dbias, None if shift is None else dshift, None, None, None, None
 
 
-_channel_norm.register_autograd(_autograd, setup_context=_setup_context)
+differentiable("channel_norm", _autograd, _setup_context)
 autocast_activations("channel_norm")
 autocast_activations("channel_norm_backward")
 

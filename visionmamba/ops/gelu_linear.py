@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import cuda_runtime
 from ._autocast import autocast_activations
 from ._block_products import weight_gradient
+from ._operator import differentiable, operator, register_fake
 from .backend import Implementation, register_implementation, select
 from .cuda_runtime import Arguments, pointer
 from .selective_scan.cuda_call import ACT, sum_rows
@@ -81,18 +82,18 @@ register_implementation(
 )  # fmt: skip
 
 
-@torch.library.custom_op("visionmamba::gelu_linear", mutates_args=())
-def _gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, x_bias: Tensor | None) -> Tensor:
+@operator("gelu_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? x_bias) -> Tensor")
+def _gelu_linear(x, weight, bias, x_bias):
     return F.linear(F.gelu(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-@_gelu_linear.register_fake
+@register_fake("gelu_linear")
 def _(x, weight, bias, x_bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.custom_op("visionmamba::gelu_linear_backward", mutates_args=())
-def _gelu_linear_backward(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@operator("gelu_linear_backward", "(Tensor dout, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)")
+def _gelu_linear_backward(dout, x, weight):
     rows, hidden_rows = dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
     dhidden = rows @ weight.to(x.dtype)
     arguments = (hidden_rows, dhidden, rows)
@@ -101,7 +102,7 @@ def _gelu_linear_backward(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
     return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype), dx_bias.to(weight.dtype)
 
 
-@_gelu_linear_backward.register_fake
+@register_fake("gelu_linear_backward")
 def _(dout, x, weight):
     return x.new_empty(x.shape), torch.empty_like(weight), *(weight.new_empty(size) for size in weight.shape)
 
@@ -117,7 +118,7 @@ def _autograd(ctx, dout):
     return dx, dweight, *(db if has else None for db, has in zip(dbiases, ctx.has_biases, strict=True))
 
 
-_gelu_linear.register_autograd(_autograd, setup_context=_setup_context)
+differentiable("gelu_linear", _autograd, _setup_context)
 autocast_activations("gelu_linear")
 autocast_activations("gelu_linear_backward")
 

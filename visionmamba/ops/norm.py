@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _triton_norm  # noqa: F401  (registers the backend)
 from ._checks import check_dtype, check_same_device, check_shape
+from ._operator import differentiable, operator, register_fake
 from .backend import Implementation, register_implementation, select
 
 __all__ = ["layer_norm_fn", "layernorm_fn", "rms_norm_fn", "rmsnorm_fn"]
@@ -137,7 +138,7 @@ def _check_affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         check_shape("bias", bias, (x.shape[-1],))
 
 
-@torch.library.custom_op("visionmamba::gated_norm", mutates_args=(), schema=f"({_GATED}) -> Tensor")
+@operator("gated_norm", f"({_GATED}) -> Tensor")
 def _gated_norm(x, weight, bias, z, eps, group_size, norm_before_gate, rms):
     _check_affine(x, weight, bias)
     if z is not None:
@@ -149,23 +150,19 @@ def _gated_norm(x, weight, bias, z, eps, group_size, norm_before_gate, rms):
     return select("gated_norm", x.device.type, *arguments).forward(*arguments)
 
 
-@_gated_norm.register_fake
+@register_fake("gated_norm")
 def _(x, weight, bias, z, eps, group_size, norm_before_gate, rms):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op(
-    "visionmamba::gated_norm_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, {_GATED}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@operator("gated_norm_backward", f"(Tensor dout, {_GATED}) -> (Tensor, Tensor, Tensor, Tensor)")
 def _gated_norm_backward(dout, *arguments):
     x = arguments[0]
     gradients = select("gated_norm", x.device.type, *arguments).backward(dout, *arguments)
     return tuple(_empty_if_absent(*pair, x) for pair in zip(gradients, arguments[:4], strict=True))
 
 
-@_gated_norm_backward.register_fake
+@register_fake("gated_norm_backward")
 def _(dout, x, weight, bias, z, *options):
     return _fake_like(x, weight, bias, z)
 
@@ -181,13 +178,13 @@ def _gated_autograd(ctx, dout):
     return (*present, *[None] * len(ctx.options))
 
 
-_gated_norm.register_autograd(_gated_autograd, setup_context=_gated_setup_context)
+differentiable("gated_norm", _gated_autograd, _gated_setup_context)
 
 
 _ADD = "Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool rms, bool residual_in_fp32"
 
 
-@torch.library.custom_op("visionmamba::add_norm", mutates_args=(), schema=f"({_ADD}) -> (Tensor, Tensor)")
+@operator("add_norm", f"({_ADD}) -> (Tensor, Tensor)")
 def _add_norm(x, residual, weight, bias, eps, rms, residual_in_fp32):
     _check_affine(x, weight, bias)
     if residual is not None:
@@ -197,17 +194,13 @@ def _add_norm(x, residual, weight, bias, eps, rms, residual_in_fp32):
     return select("add_norm", x.device.type, *arguments).forward(*arguments)
 
 
-@_add_norm.register_fake
+@register_fake("add_norm")
 def _(x, residual, weight, bias, eps, rms, residual_in_fp32):
     total = torch.empty(x.shape, dtype=residual_dtype(x, residual, residual_in_fp32), device=x.device)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), total
 
 
-@torch.library.custom_op(
-    "visionmamba::add_norm_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor? dtotal, {_ADD}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@operator("add_norm_backward", f"(Tensor dout, Tensor? dtotal, {_ADD}) -> (Tensor, Tensor, Tensor, Tensor)")
 def _add_norm_backward(dout, dtotal, *arguments):
     x, residual, weight, bias = arguments[:4]
     implementation = select("add_norm", x.device.type, *arguments)
@@ -220,7 +213,7 @@ def _add_norm_backward(dout, dtotal, *arguments):
     )
 
 
-@_add_norm_backward.register_fake
+@register_fake("add_norm_backward")
 def _(dout, dtotal, x, residual, weight, bias, *options):
     return _fake_like(x, residual, weight, bias)
 
@@ -239,7 +232,7 @@ def _add_autograd(ctx, dout, dtotal):
     return (*present, *[None] * len(ctx.options))
 
 
-_add_norm.register_autograd(_add_autograd, setup_context=_add_setup_context)
+differentiable("add_norm", _add_autograd, _add_setup_context)
 
 
 def layernorm_fn(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._operator import operator, register_fake
 from ._tracing import traceable_overload
 from .scan_path import scan_path
 
@@ -43,13 +44,13 @@ def _one_hot(path: str, grid: tuple[int, ...], in_step_order: bool, device: torc
     return torch.from_numpy(np.eye(NUM_MOVES, dtype=np.float32)[codes]).to(device, dtype)
 
 
-@torch.library.custom_op("visionmamba::scan_moves", mutates_args=(), schema=f"({_SCHEMA_ARGUMENTS}) -> Tensor")
+@operator("scan_moves", f"({_SCHEMA_ARGUMENTS}) -> Tensor")
 def _scan_moves(like, path, grid, in_step_order):
     # a copy: whoever owns an op's output may write to it
     return _one_hot(path, tuple(grid), in_step_order, like.device, like.dtype).clone()
 
 
-@_scan_moves.register_fake
+@register_fake("scan_moves")
 def _(like, path, grid, in_step_order):
     return like.new_empty((prod(grid), path.count(",") + 1, NUM_MOVES))
 

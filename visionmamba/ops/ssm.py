@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ._autocast import autocast_activations
 from ._block_products import block_diagonal, diagonal_blocks, weight_gradient
+from ._operator import differentiable, operator, register_fake
 from .causal_conv1d import causal_conv1d
 from .selective_scan import selective_scan
 
@@ -52,7 +53,7 @@ def _split(projected: Tensor, A: Tensor, dt_weight: Tensor) -> tuple[Tensor, ...
     return projected.split([dt_weight.shape[2], A.shape[2], A.shape[2]], dim=-1)
 
 
-@torch.library.custom_op("visionmamba::ssm", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
+@operator("ssm", f"({_SCHEMA}) -> (Tensor, Tensor)")
 def _ssm(
     x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge, silu
 ):  # fmt: skip
@@ -65,7 +66,7 @@ def _ssm(
     return y, projected
 
 
-@_ssm.register_fake
+@register_fake("ssm")
 def _(
     x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge, silu
 ):  # fmt: skip
@@ -74,11 +75,7 @@ def _(
     return x.new_empty((*x.shape[:2], *middle, channels)), x.new_empty((*x.shape[:2], directions, width))
 
 
-@torch.library.custom_op(
-    "visionmamba::ssm_backward",
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor projected, {_SCHEMA}) -> ({', '.join(['Tensor'] * _TENSORS)})",
-)
+@operator("ssm_backward", f"(Tensor dy, Tensor projected, {_SCHEMA}) -> ({', '.join(['Tensor'] * _TENSORS)})")
 def _ssm_backward(
     dy, projected, x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid,
     merge, silu,
@@ -110,7 +107,7 @@ def _ssm_backward(
     return du, dz, din_proj, dconv_weight, dconv_bias, dx_proj, dA, dD, ddt_bias, ddt_weight
 
 
-@_ssm_backward.register_fake
+@register_fake("ssm_backward")
 def _(dy, projected, *arguments):
     x = arguments[0]
     # An absent input's gradient is an empty tensor: an op's outputs cannot be None.
@@ -134,7 +131,7 @@ def _autograd(ctx, dy, _):
     return (*present, *[None] * len(ctx.options))
 
 
-_ssm.register_autograd(_autograd, setup_context=_setup_context)
+differentiable("ssm", _autograd, _setup_context)
 autocast_activations("ssm", [0, 1])
 autocast_activations("ssm_backward")
 

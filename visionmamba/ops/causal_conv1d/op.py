@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._checks import check_dtype, check_same_device, check_shape
+from .._operator import differentiable, operator, register_fake
 from .._tracing import traceable_overload
 from ..backend import select
 from ..scan_path import scan_path
@@ -43,9 +44,7 @@ def _check(x, weight, bias, seq_idx, initial_states):
     check_same_device(x=x, weight=weight, bias=bias, seq_idx=seq_idx, initial_states=initial_states)
 
 
-@torch.library.custom_op(
-    "visionmamba::causal_conv1d", mutates_args=(), schema=f"({_SCHEMA_ARGUMENTS}) -> (Tensor, Tensor)"
-)
+@operator("causal_conv1d", f"({_SCHEMA_ARGUMENTS}) -> (Tensor, Tensor)")
 def _causal_conv1d(x, weight, bias, seq_idx, initial_states, path, grid, silu):
     _check(x, weight, bias, seq_idx, initial_states)
     table = scan_path(path, tuple(grid))
@@ -59,7 +58,7 @@ def _causal_conv1d(x, weight, bias, seq_idx, initial_states, path, grid, silu):
     return select("causal_conv1d", x.device.type, *arguments).forward(*arguments)
 
 
-@_causal_conv1d.register_fake
+@register_fake("causal_conv1d")
 def _(x, weight, bias, seq_idx, initial_states, path, grid, silu):
     _check(x, weight, bias, seq_idx, initial_states)
     directions, channels, width = weight.shape
@@ -70,10 +69,9 @@ def _(x, weight, bias, seq_idx, initial_states, path, grid, silu):
     )
 
 
-@torch.library.custom_op(
-    "visionmamba::causal_conv1d_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor? dfinal_states, {_SCHEMA_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+@operator(
+    "causal_conv1d_backward",
+    f"(Tensor dout, Tensor? dfinal_states, {_SCHEMA_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _causal_conv1d_backward(dout, dfinal_states, x, weight, bias, seq_idx, initial_states, path, grid, silu):
     arguments = (x, weight, bias, seq_idx, initial_states, path, tuple(grid), silu)
@@ -85,7 +83,7 @@ def _causal_conv1d_backward(dout, dfinal_states, x, weight, bias, seq_idx, initi
     )
 
 
-@_causal_conv1d_backward.register_fake
+@register_fake("causal_conv1d_backward")
 def _(dout, dfinal_states, x, weight, bias, seq_idx, initial_states, path, grid, silu):
     return tuple(
         x.new_empty(0) if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
@@ -112,7 +110,7 @@ def _backward(ctx, dout, dfinal_states):
     )  # fmt: skip
 
 
-_causal_conv1d.register_autograd(_backward, setup_context=_setup_context)
+differentiable("causal_conv1d", _backward, _setup_context)
 
 
 _traced = traceable_overload("causal_conv1d", _SCHEMA_ARGUMENTS)

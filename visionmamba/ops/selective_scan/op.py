@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .._autocast import autocast_activations
 from .._checks import check_dtype, check_same_device, check_shape
+from .._operator import differentiable, operator, register_fake
 from .._tracing import traceable_overload
 from ..backend import select
 from ..scan_path import scan_path
@@ -78,9 +79,7 @@ def _check_path(u, A, path, grid, projections_in_step_order):
         raise ValueError(f"projections_in_step_order: {table.num_steps} steps but {u.shape[1]} rows of delta, B and C")
 
 
-@torch.library.custom_op(
-    "visionmamba::selective_scan", mutates_args=(), schema=f"({_SCHEMA_ARGUMENTS}) -> (Tensor, Tensor)"
-)
+@operator("selective_scan", f"({_SCHEMA_ARGUMENTS}) -> (Tensor, Tensor)")
 def _selective_scan(
     u, delta, A, B, C, D, z, delta_bias, dt_weight, initial_state, path, grid, delta_softplus, merge,
     projections_in_step_order,
@@ -94,7 +93,7 @@ def _selective_scan(
     return select("selective_scan", u.device.type, *arguments).forward(*arguments)
 
 
-@_selective_scan.register_fake
+@register_fake("selective_scan")
 def _(
     u, delta, A, B, C, D, z, delta_bias, dt_weight, initial_state, path, grid, delta_softplus, merge,
     projections_in_step_order,
@@ -107,10 +106,9 @@ def _(
     return u.new_empty(shape), u.new_empty((batch, directions, channels, states), dtype=dtype)
 
 
-@torch.library.custom_op(
-    "visionmamba::selective_scan_backward",
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor? dlast_state, {_SCHEMA_ARGUMENTS}) -> ({', '.join(['Tensor'] * 10)})",
+@operator(
+    "selective_scan_backward",
+    f"(Tensor dy, Tensor? dlast_state, {_SCHEMA_ARGUMENTS}) -> ({', '.join(['Tensor'] * 10)})",
 )
 def _selective_scan_backward(dy, dlast_state, *arguments):
     u, grid_index = arguments[0], 11
@@ -124,7 +122,7 @@ def _selective_scan_backward(dy, dlast_state, *arguments):
     )
 
 
-@_selective_scan_backward.register_fake
+@register_fake("selective_scan_backward")
 def _(dy, dlast_state, *arguments):
     u = arguments[0]
     return tuple(
@@ -151,7 +149,7 @@ def _backward(ctx, dy, dlast_state):
     return (*gradients, *[None] * len(ctx.options))
 
 
-_selective_scan.register_autograd(_backward, setup_context=_setup_context)
+differentiable("selective_scan", _backward, _setup_context)
 
 
 autocast_activations("selective_scan", [_TENSOR_ARGUMENTS.index(name) for name in ("u", "delta", "B", "C", "z")])

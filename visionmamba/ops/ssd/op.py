@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._checks import check_dtype, check_same_device, check_shape
+from .._operator import differentiable, operator, register_fake
 from .._tracing import traceable_overload
 from ..backend import select
 from ..scan_path import scan_path
@@ -74,7 +75,7 @@ def _check_path(x, A, path, grid, chunk_size):
         raise ValueError(f"chunk_size: expected a positive number, got {chunk_size}")
 
 
-@torch.library.custom_op("visionmamba::ssd", mutates_args=(), schema=f"({_SCHEMA_ARGUMENTS}) -> (Tensor, Tensor)")
+@operator("ssd", f"({_SCHEMA_ARGUMENTS}) -> (Tensor, Tensor)")
 def _ssd(
     x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, path, grid, dt_softplus, dt_min, dt_max, merge, chunk_size
 ):
@@ -87,7 +88,7 @@ def _ssd(
     return select("ssd", x.device.type, *arguments).forward(*arguments)
 
 
-@_ssd.register_fake
+@register_fake("ssd")
 def _(
     x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, path, grid, dt_softplus, dt_min, dt_max, merge, chunk_size
 ):
@@ -102,10 +103,9 @@ def _(
     )
 
 
-@torch.library.custom_op(
-    "visionmamba::ssd_backward",
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor? dfinal_states, {_SCHEMA_ARGUMENTS}) -> ({', '.join(['Tensor'] * _DIFFERENTIABLE)})",
+@operator(
+    "ssd_backward",
+    f"(Tensor dy, Tensor? dfinal_states, {_SCHEMA_ARGUMENTS}) -> ({', '.join(['Tensor'] * _DIFFERENTIABLE)})",
 )
 def _ssd_backward(dy, dfinal_states, *arguments):
     x, grid_index = arguments[0], 11
@@ -118,7 +118,7 @@ def _ssd_backward(dy, dfinal_states, *arguments):
     )
 
 
-@_ssd_backward.register_fake
+@register_fake("ssd_backward")
 def _(dy, dfinal_states, *arguments):
     x = arguments[0]
     return tuple(
@@ -146,7 +146,7 @@ def _backward(ctx, dy, dfinal_states):
     return (*gradients, None, *[None] * len(ctx.options))
 
 
-_ssd.register_autograd(_backward, setup_context=_setup_context)
+differentiable("ssd", _backward, _setup_context)
 
 
 _traced = traceable_overload("ssd", _SCHEMA_ARGUMENTS)

@@ -1,0 +1,93 @@
+"""Operators of PyTorch's dispatcher, registered with little Python between a call and its function.
+
+``torch.library.custom_op`` does the same and more: with autograd it spends tens of microseconds of every call reading
+the schema, which counts where a small model waits for Python. Schemas, fake kernels, aliases and the registration of
+gradients are checked by ``torch.library.opcheck`` in the tests instead of in every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["differentiable", "operator", "register_fake"]
+
+_LIBRARY = torch.library.Library("visionmamba", "FRAGMENT")
+
+
+@dataclass
+class _Formula:
+    """How an operator is differentiated; without one its results refuse to be."""
+
+    setup_context: Callable[..., None] | None = None
+    backward: Callable[..., Any] | None = None
+
+
+_formulas: dict[str, _Formula] = {}
+
+
+def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as ``visionmamba::<name>`` on every device.
+
+    ``torch.compile`` keeps the operator in its graph and does not look into the function.
+
+    Args:
+        name: The operator's name.
+        schema: Its arguments, all positional, and results, which alias nothing.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
+        _formulas[name] = _Formula()
+        _LIBRARY.impl(name, _autograd_kernel(name, _formulas[name]), "Autograd", with_keyset=True)
+        return function
+
+    return register
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as what ``visionmamba::<name>`` returns for tensors without data."""
+    return torch.library.register_fake(f"visionmamba::{name}", lib=_LIBRARY)
+
+
+def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Give ``visionmamba::<name>`` its gradient.
+
+    Args:
+        name: An operator registered by :func:`operator`.
+        backward: Takes the context and the results' gradients; returns the inputs' gradients.
+        setup_context: Takes the context, all inputs and the results; saves what ``backward`` needs.
+    """
+    _formulas[name].setup_context, _formulas[name].backward = setup_context, backward
+
+
+def _autograd_kernel(name: str, formula: _Formula) -> Callable[..., Any]:
+    overload = getattr(torch.ops.visionmamba, name).default
+    below = torch._C._after_autograd_keyset
+
+    def forward(ctx, keyset, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            results = overload.redispatch(keyset & below, *inputs)
+        if formula.setup_context is not None:
+            formula.setup_context(ctx, inputs, results)
+        return results
+
+    def backward(ctx, *gradients):
+        if formula.backward is None:
+            raise RuntimeError(f"visionmamba::{name} has no gradient")
+        return None, *formula.backward(ctx, *gradients)  # the key set has none
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(f"visionmamba_{name}", (torch.autograd.Function,), methods)
+
+    def kernel(keyset, *inputs):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return function.apply(keyset, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & below, *inputs)
+
+    return kernel
