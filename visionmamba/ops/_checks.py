@@ -11,7 +11,7 @@ _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int]) -> None:
     """Raise ValueError unless ``tensor`` has the expected shape."""
-    if tensor.dim() != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):
+    if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
@@ -25,8 +25,11 @@ def check_dtype(name: str, tensor: torch.Tensor, expected: Sequence[torch.dtype]
 
 def check_same_device(**tensors: torch.Tensor | None) -> None:
     """Raise ValueError unless all given tensors are on one device."""
-    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    first, reference = next(iter(present.items()))
-    for name, tensor in present.items():
-        if tensor.device != reference.device:
-            raise ValueError(f"{name}: expected device {reference.device} (that of {first}), got {tensor.device}")
+    first, device = None, None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name}: expected device {device} (that of {first}), got {tensor.device}")

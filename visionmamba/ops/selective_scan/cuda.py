@@ -377,8 +377,7 @@ def _supports(
         return f"takes float32, float16 and bfloat16, not {str(u.dtype).removeprefix('torch.')}"
     if A.shape[2] > _MAX_STATES:
         return f"takes up to {_MAX_STATES} states a channel, not {A.shape[2]}"
-    activations = [x for x in (u, delta, B, C, z) if x is not None]
-    if any(stride * x.element_size() > _INT32 for x in activations for stride in x.stride()[1:]):
+    if any(x is not None and max(x.stride()[1:]) * x.element_size() > _INT32 for x in (u, delta, B, C, z)):
         return "takes strides up to 2^31 bytes between tokens"
     if 2 * u.shape[1] * A.shape[2] > _INT32 - 1024:  # the second stage of dB and dC counts them in 32 bits
         return f"takes up to 2^30 tokens times states, not {u.shape[1]} times {A.shape[2]}"
