@@ -1,14 +1,24 @@
-"""Inference as one CUDA graph: no launches from Python, which small batches otherwise wait for."""
+"""Inference and training as CUDA graphs: no launches from Python, which small batches otherwise wait for."""
 
 from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["GraphedModel", "graph"]
+__all__ = ["GraphedModel", "graph", "graph_training"]
 
 _WARMUP = 3
+
+
+def _check_device(example: torch.Tensor) -> None:
+    if example.device.type != "cuda":
+        raise ValueError(f"example: a CUDA graph needs a tensor on a CUDA device, got one on {example.device}")
 
 
 class GraphedModel(nn.Module):
@@ -24,8 +34,7 @@ class GraphedModel(nn.Module):
 
     def __init__(self, model: nn.Module, example: torch.Tensor, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        if example.device.type != "cuda":
-            raise ValueError(f"example: a CUDA graph needs a tensor on a CUDA device, got one on {example.device}")
+        _check_device(example)
         if model.training:
             raise ValueError("model: a CUDA graph is captured in evaluation mode, got a model in training mode")
         self.model, self.dtype = model, dtype
@@ -72,3 +81,95 @@ def graph(model: nn.Module, example: torch.Tensor, dtype: torch.dtype | None = N
         ValueError: The example is not on a CUDA device, or the model is in training mode.
     """
     return GraphedModel(model, example, dtype)
+
+
+def graph_training(model: nn.Module, example: torch.Tensor) -> None:
+    """Replay a model's forward and backward passes in training as CUDA graphs from now on.
+
+    They are captured in the mode and under the autocast of the moment, and leave weights, gradients, buffers and random
+    numbers as they are. Replays draw the random numbers that the model would draw without graphs, read weights and
+    buffers where they are, and write buffers there. What is unlike the example, evaluation and passes without gradients
+    run the model as it stands. The memory of a pass, activations among it, stays taken.
+
+    A pass's output is overwritten by the next pass and must not be changed in place; its backward pass comes before the
+    next forward pass. Gradients of several passes may be added up.
+
+    Args:
+        model: The model, on a CUDA device; not yet wrapped to train in several processes.
+        example: An input; inputs of its shape, dtype and device are replayed.
+
+    Raises:
+        ValueError: The example is not on a CUDA device.
+        RuntimeError: The model cannot be captured, such as one that reads results back to decide what to do.
+    """
+    parameters = list(model.parameters())
+    eager, captured = model.forward, _circumstances(model, parameters, example)
+    with _unchanged(model, example.device), _aliased(model) as aliases, _uncached_autocast(example.device.type):
+        replay = _capture(lambda x, *_: model(x), (example.detach().clone(), *aliases))
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or _circumstances(model, parameters, x) != captured:
+            return eager(x, *args, **kwargs)
+        for parameter in parameters:
+            if parameter.grad is not None:  # to be added to; it may lie where the replay writes
+                parameter.grad = parameter.grad.clone()
+        return replay(x, *parameters)
+
+    model.forward = forward
+
+
+def _capture(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> Callable[..., Any]:
+    """Return a function whose forward and backward passes are replayed; its first input is copied, others shared."""
+    _check_device(inputs[0])
+    gc.collect()  # a graph that is freed during the capture of another ends it
+    with torch.cuda.device(inputs[0].device):
+        return torch.cuda.make_graphed_callables(function, inputs, num_warmup_iters=_WARMUP, allow_unused_input=True)
+
+
+def _circumstances(model: nn.Module, parameters: list[nn.Parameter], x: torch.Tensor) -> tuple[Any, ...]:
+    """Return what must be as it was at the capture for a replay to compute what the model would."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    grad = torch.is_grad_enabled(), x.requires_grad, *(parameter.requires_grad for parameter in parameters)
+    return x.shape, x.dtype, x.device, model.training, autocast, grad
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Undo what passes do to a model's buffers and to random numbers."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    with torch.no_grad():
+        for buffer, values in kept:
+            buffer.copy_(values)
+
+
+@contextlib.contextmanager
+def _aliased(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Let a model compute with other parameters for a while, which lie where its own do.
+
+    The autograd nodes that add to a parameter's gradient keep to the stream they are made on: those of a capture on a
+    side stream would outlive it, and every gradient would wait for that stream.
+    """
+    own = list(model.parameters())
+    aliases = [nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in own]
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    alias_of = dict(zip(map(id, own), aliases, strict=True))
+    try:
+        for module, name, parameter in places:
+            setattr(module, name, alias_of[id(parameter)])
+        yield aliases
+    finally:
+        for module, name, parameter in places:
+            setattr(module, name, parameter)
+
+
+def _uncached_autocast(kind: str) -> torch.autocast:
+    """Return the autocast that is on, without its cache: it would hold casts that live in the graph's memory."""
+    options = dict(dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+    return torch.autocast(kind, **options, cache_enabled=False)

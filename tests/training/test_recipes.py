@@ -94,6 +94,9 @@ def test_overrides_come_last_and_keep_their_types(tmp_path):
         ("a: [", [], r"not valid YAML"),
         ("", ["epochs"], r"expected key=value, got 'epochs'"),
         ("pretrained: true\ncheckpoint: x", [], r"pretrained and checkpoint exclude each other"),
+        ("cuda_graph: true\ncompile: true", [], r"cuda_graph and compile exclude each other: a graph replays"),
+        ("cuda_graph: true", ["grad_checkpointing=true"], r"cuda_graph and grad_checkpointing exclude each other"),
+        ("", ["cuda_graph=1"], r"cuda_graph expects bool, got 1"),
         ("mixup: 0.8\nbatch_size: 33", [], r"batch_size: mixup and cutmix pair images, and a pass has 33"),
     ],
 )

@@ -53,6 +53,15 @@ def test_two_ranks_over_nccl_equal_one(parallel, model, gpus, tmp_path):
     print(f"{model} {parallel}: {gpus} GPUs, largest difference of a weight {difference:.1e}, of {TOLERANCE:.0e}")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_ranks_replay_graphs_as_one(accumulate, tmp_path):
+    exact = {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    changes = dict(device="cuda", epochs=1, cuda_graph=True, accumulate=accumulate)
+    difference = _check(tmp_path, "ddp", 64, exact, nodes=torch.cuda.device_count() < 2, **changes)
+    print(f"{accumulate} passes a step: largest difference of a weight {difference:.1e}, of {TOLERANCE:.0e}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_run_moves_between_one_process_and_two(parallel, tmp_path):

@@ -15,9 +15,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
-__all__ = ["BackgroundWeightHook", "CudaGraphHook", "TimeBudgetHook"]
+from ..cuda_graph import graph_training
 
-_WARMUP = 3
+__all__ = ["BackgroundWeightHook", "CudaGraphHook", "TimeBudgetHook"]
 
 
 @HOOKS.register_module()
@@ -128,19 +128,17 @@ class CudaGraphHook(Hook):
 
     Small images, or few, leave a GPU waiting for the launches of hundreds of kernels from Python; a graph is launched
     at once. It is captured at the first iteration, in the precision of the optimizer's wrapper, for batches of that
-    shape: every later one must have it. Validation runs without graphs. Without a CUDA device it says so and does
-    nothing.
+    shape; others, and validation, run without graphs (:func:`visionmamba.cuda_graph.graph_training`). Without a CUDA
+    device it says so and does nothing.
 
     Raises:
-        RuntimeError: Several processes train, or gradients of several batches are added up.
+        RuntimeError: Several processes train.
     """
 
     def before_train(self, runner: Runner) -> None:
         """Check that the training can be captured."""
         if is_model_wrapper(runner.model):
             raise RuntimeError(f"CudaGraphHook: expected one process, got a {type(runner.model).__name__}")
-        if (counts := runner.optim_wrapper._accumulative_counts) != 1:  # a replay overwrites the last one's gradients
-            raise RuntimeError(f"CudaGraphHook: expected accumulative_counts=1, got {counts}")
         self._captured = not torch.cuda.is_available()
         if self._captured:
             print_log("CudaGraphHook: no CUDA device, training without graphs", "current", logging.WARNING)
@@ -152,13 +150,5 @@ class CudaGraphHook(Hook):
         model = runner.model
         inputs = model.data_preprocessor(data_batch, training=True)["inputs"]
         with runner.optim_wrapper.optim_context(model):
-            # Autocast's cache would hold casts of the weights that live in the graph's memory.
-            cached = torch.is_autocast_cache_enabled()
-            torch.set_autocast_cache_enabled(False)
-            try:
-                torch.cuda.make_graphed_callables(
-                    model.backbone, (inputs,), num_warmup_iters=_WARMUP, allow_unused_input=True
-                )
-            finally:
-                torch.set_autocast_cache_enabled(cached)
+            graph_training(model.backbone, inputs)
         self._captured = True

@@ -42,6 +42,8 @@ class TrainConfig:
         drop_path: Rate of stochastic depth; by default the model's.
         grad_checkpointing: Recompute blocks in backward.
         compile: Compile the model.
+        cuda_graph: Replay the model's forward and backward passes as CUDA graphs, so that a GPU does not wait for
+            Python; the memory of a pass stays taken.
         epochs: Passes over the training set.
         batch_size: Images an optimiser step, over all processes and accumulation steps.
         accumulate: Forward and backward passes an optimiser step.
@@ -118,6 +120,7 @@ class TrainConfig:
     drop_path: float | None = None
     grad_checkpointing: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     epochs: int = 300
     batch_size: int = 1024
     accumulate: int = 1
@@ -186,6 +189,9 @@ class TrainConfig:
                 raise ConfigError(f"{name}: expected the two ends of a range, got {list(getattr(self, name))}")
         if self.pretrained and self.checkpoint:
             raise ConfigError("pretrained and checkpoint exclude each other: both say which weights to start from")
+        for name, reason in _NOT_IN_GRAPHS.items():
+            if self.cuda_graph and getattr(self, name):
+                raise ConfigError(f"cuda_graph and {name} exclude each other: {reason}")
         if (self.mixup or self.cutmix) and self.batch_size // self.accumulate % 2:
             raise ConfigError(
                 f"batch_size: mixup and cutmix pair images, and a pass has {self.batch_size // self.accumulate}"
@@ -199,6 +205,10 @@ _CHOICES = {
     "parallel": ("ddp", "fsdp"),
     "remode": ("pixel", "rand", "const"),
     "sched": ("cosine", "tanh", "step", "constant", "multistep", "poly", "wsd", "rsqrt"),
+}
+_NOT_IN_GRAPHS = {
+    "compile": "a graph replays what the model itself launches",
+    "grad_checkpointing": "recomputing a block sets the random numbers back, which a graph cannot",
 }
 _LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "accumulate", "repeats", "keep", "eval_every"), 1),

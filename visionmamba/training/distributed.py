@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from .config import ConfigError
+from .config import ConfigError, TrainConfig
 
-__all__ = ["World", "join_world", "leave_world", "parallelize", "synchronizing"]
+__all__ = ["World", "check_world", "join_world", "leave_world", "parallelize", "synchronizing"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,24 @@ def leave_world() -> None:
     """Leave the other processes."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_world(config: TrainConfig, world: World) -> None:
+    """Raise ConfigError unless a recipe fits the processes and their device."""
+    parts = world.size * config.accumulate
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size: {config.batch_size} images a step cannot be divided among {world.size} processes with "
+            f"{config.accumulate} passes each"
+        )
+    if (config.mixup or config.cutmix) and config.batch_size // parts % 2:
+        raise ConfigError(f"batch_size: mixup and cutmix pair images, and a pass has {config.batch_size // parts}")
+    if not config.cuda_graph:
+        return
+    if world.device.type != "cuda":
+        raise ConfigError(f"cuda_graph: expected a CUDA device, and the run is on {world.device}; leave the key out")
+    if world.size > 1 and config.parallel == "fsdp":
+        raise ConfigError("cuda_graph: parallel=fsdp gathers weights anew at every step; parallel=ddp can be replayed")
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -23,11 +23,12 @@ from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_
 from timm.scheduler import create_scheduler_v2
 
 from .._text import near_names, one_line
+from ..cuda_graph import graph_training
 from ..inference import checkpoint_cfg
 from .checkpoint import CheckpointFolder, full_state, load_full_state, save_weights
 from .config import ConfigError, TrainConfig
 from .data import DataError, Source, open_source, seed_everything
-from .distributed import World, parallelize, synchronizing
+from .distributed import World, check_world, parallelize, synchronizing
 
 __all__ = ["Interrupted", "Trainer", "TrainingError", "create_model", "evaluate"]
 
@@ -244,7 +245,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World, say: Callable[[str], None] = lambda line: None) -> None:
         self.config, self.world = config, world
         self.say = say if world.is_main else lambda line: None
-        _check_division(config, world)
+        check_world(config, world)
         self.device_type = world.device.type
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
@@ -254,6 +255,8 @@ class Trainer:
         self._open_data()
         self.folder = _writable(config.out)
         self.model = create_model(config, self.num_classes).to(world.device)
+        if config.cuda_graph:
+            self._graph()
         self.module = parallelize(self.model, world, config.parallel, config.precision)
         if config.compile:
             self.module = torch.compile(self.module)
@@ -285,7 +288,7 @@ class Trainer:
         per_pass = config.batch_size // config.accumulate
         self.train = open_source(config, world, settings, frames, True, config.batch_size)
         self.val = open_source(config, world, settings, frames, False, per_pass)
-        self.settings = settings
+        self.settings, self.frames = settings, frames
         classes = self.train.classes
         if classes and len(classes) < 2:
             raise DataError(
@@ -301,6 +304,25 @@ class Trainer:
         self.num_classes = config.num_classes or len(classes) or None
         if self.num_classes is None:
             raise ConfigError("num_classes: this dataset does not say its number of classes; the recipe must")
+
+    def _graph(self) -> None:
+        """Capture a training pass before the processes share the model and before a loader's thread pins memory."""
+        config, (channels, *size) = self.config, self.settings["input_size"]
+        images = config.batch_size // config.accumulate // self.world.size
+        shape = [images, channels, *([] if self.frames is None else [self.frames]), *size]
+        self._set_mode()
+        try:
+            with self._autocast():
+                graph_training(self.model, torch.zeros(shape, device=self.world.device))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = one_line(error, 200)
+            raise ConfigError(f"cuda_graph: {config.model} cannot be captured ({reason}); leave the key out") from error
+
+    def _set_mode(self) -> None:
+        # with a linear probe, running statistics and stochastic depth belong to training the backbone
+        self.model.train(not self.config.linear_probe)
 
     def _autocast(self) -> Any:
         dtype = _AMP_DTYPES.get(self.config.precision)
@@ -318,34 +340,33 @@ class Trainer:
         """Return for each flag whether it is set in any process."""
         return [value > 0 for value in self.world.sum(*map(float, flags))]
 
-    def _backward(self, inputs: torch.Tensor, labels: torch.Tensor, mixing: bool) -> float:
-        """Accumulate the gradients of a step's passes; return its loss."""
-        total, passes = 0.0, self.config.accumulate
+    def _backward(self, inputs: torch.Tensor, labels: torch.Tensor, mixing: bool) -> list[torch.Tensor]:
+        """Accumulate the gradients of a step's passes; return their shares of its loss, without waiting for them."""
+        shares, passes = [], self.config.accumulate
+        _check_labels(labels, self.num_classes)
         for number, (x, y) in enumerate(zip(inputs.chunk(passes), labels.chunk(passes), strict=True)):
             x, y = x.to(self.world.device, non_blocking=True), y.to(self.world.device, non_blocking=True)
-            _check_labels(y, self.num_classes)
             if mixing:
                 x, y = self.mixup(x, y)
             with synchronizing(self.module, last=number == passes - 1):
-                loss = self._loss(x, y)
-                self.scaler.scale(loss / passes).backward()
-            total += loss.item() / passes
-        return total
+                loss = self._loss(x, y) / passes
+                self.scaler.scale(loss).backward()
+            shares.append(loss.detach())
+        return shares
 
     def _take_step(self, inputs: torch.Tensor, labels: torch.Tensor, epoch: int) -> float | None:
         """Do one optimiser step; return its loss, or None if it was left out."""
         config = self.config
         seed_everything(config.seed, _STEP, self.step, self.world.rank)
-        self.model.train()
-        if config.linear_probe:
-            self.model.eval()  # running statistics and stochastic depth belong to training the backbone
+        self._set_mode()
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.schedule.step_update(self.step)
         self.optimizer.zero_grad()
         mixing = self.mixup is not None and not (config.mixup_off_epoch and epoch >= config.mixup_off_epoch)
-        total = self._backward(inputs, labels, mixing)
+        shares = self._backward(inputs, labels, mixing)
         self.scaler.unscale_(self.optimizer)
         norm = self._gradient_norm()
+        total = sum(share.item() for share in shares)
         # float16's scaler leaves out steps with an overflow itself, and lowers its scale
         gradient_counts = config.precision != "fp16"
         here = not math.isfinite(total) or (gradient_counts and not math.isfinite(norm))
@@ -567,14 +588,3 @@ def _writable(out: str) -> Path:
             return folder
     except OSError as error:
         raise ConfigError(f"out: cannot write to the folder {out} ({error.strerror})") from error
-
-
-def _check_division(config: TrainConfig, world: World) -> None:
-    parts = world.size * config.accumulate
-    if config.batch_size % parts:
-        raise ConfigError(
-            f"batch_size: {config.batch_size} images a step cannot be divided among {world.size} processes with "
-            f"{config.accumulate} passes each"
-        )
-    if (config.mixup or config.cutmix) and config.batch_size // parts % 2:
-        raise ConfigError(f"batch_size: mixup and cutmix pair images, and a pass has {config.batch_size // parts}")
