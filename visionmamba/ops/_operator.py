@@ -7,13 +7,14 @@ gradients are checked by ``torch.library.opcheck`` in the tests instead of in ev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["differentiable", "operator", "register_fake"]
+__all__ = ["differentiable", "fake_gradients", "gradients_as_results", "operator", "present_gradients", "register_fake"]
 
 _LIBRARY = torch.library.Library("visionmamba", "FRAGMENT")
 
@@ -63,6 +64,31 @@ def differentiable(name: str, backward: Callable[..., Any], setup_context: Calla
         setup_context: Takes the context, all inputs and the results; saves what ``backward`` needs.
     """
     _formulas[name].setup_context, _formulas[name].backward = setup_context, backward
+
+
+def gradients_as_results(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Return what a backward operator returns: the inputs' gradients in their dtypes.
+
+    An operator's results cannot be None: an absent input's is an empty tensor. The first input is there.
+    """
+    return tuple(
+        inputs[0].new_empty(0) if tensor is None else gradient.to(tensor.dtype).contiguous()
+        for gradient, tensor in zip(gradients, inputs, strict=True)
+    )
+
+
+def fake_gradients(inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Return what :func:`gradients_as_results` does, for tensors without data."""
+    absent = inputs[0].new_empty
+    return tuple(
+        absent(0) if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        for tensor in inputs
+    )
+
+
+def present_gradients(results: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return a backward operator's results as autograd takes them: None for absent inputs."""
+    return [None if tensor is None else result for result, tensor in zip(results, inputs, strict=True)]
 
 
 def _autograd_kernel(name: str, formula: _Formula) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _triton_norm  # noqa: F401  (registers the backend)
 from ._checks import check_dtype, check_same_device, check_shape
-from ._operator import differentiable, operator, register_fake
+from ._operator import differentiable, fake_gradients, gradients_as_results, operator, present_gradients, register_fake
 from .backend import Implementation, register_implementation, select
 
 __all__ = ["layer_norm_fn", "layernorm_fn", "rms_norm_fn", "rmsnorm_fn"]
@@ -116,18 +116,6 @@ def residual_dtype(x: Tensor, residual: Tensor | None, residual_in_fp32: bool) -
     return _wide(x) if residual_in_fp32 else x.dtype
 
 
-def _empty_if_absent(gradient: Tensor | None, tensor: Tensor | None, like: Tensor) -> Tensor:
-    """An absent input's gradient is an empty tensor: an op's outputs cannot be None."""
-    return like.new_empty(0) if tensor is None else gradient.to(tensor.dtype).contiguous()
-
-
-def _fake_like(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty(0) if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for tensor in tensors
-    )
-
-
 _GATED = "Tensor x, Tensor weight, Tensor? bias, Tensor? z, float eps, int group_size, bool norm_before_gate, bool rms"
 
 
@@ -159,12 +147,12 @@ def _(x, weight, bias, z, eps, group_size, norm_before_gate, rms):
 def _gated_norm_backward(dout, *arguments):
     x = arguments[0]
     gradients = select("gated_norm", x.device.type, *arguments).backward(dout, *arguments)
-    return tuple(_empty_if_absent(*pair, x) for pair in zip(gradients, arguments[:4], strict=True))
+    return gradients_as_results(gradients, arguments[:4])
 
 
 @register_fake("gated_norm_backward")
-def _(dout, x, weight, bias, z, *options):
-    return _fake_like(x, weight, bias, z)
+def _(dout, *arguments):
+    return fake_gradients(arguments[:4])
 
 
 def _gated_setup_context(ctx, inputs, output):
@@ -174,8 +162,7 @@ def _gated_setup_context(ctx, inputs, output):
 
 def _gated_autograd(ctx, dout):
     gradients = torch.ops.visionmamba.gated_norm_backward(dout, *ctx.saved_tensors, *ctx.options)
-    present = [None if t is None else g for g, t in zip(gradients, ctx.saved_tensors, strict=True)]
-    return (*present, *[None] * len(ctx.options))
+    return (*present_gradients(gradients, ctx.saved_tensors), *[None] * len(ctx.options))
 
 
 differentiable("gated_norm", _gated_autograd, _gated_setup_context)
@@ -202,20 +189,16 @@ def _(x, residual, weight, bias, eps, rms, residual_in_fp32):
 
 @operator("add_norm_backward", f"(Tensor dout, Tensor? dtotal, {_ADD}) -> (Tensor, Tensor, Tensor, Tensor)")
 def _add_norm_backward(dout, dtotal, *arguments):
-    x, residual, weight, bias = arguments[:4]
+    x = arguments[0]
     implementation = select("add_norm", x.device.type, *arguments)
     dsum, dweight, dbias = implementation.backward(dout, dtotal, *arguments)
-    return (
-        dsum.to(x.dtype, copy=True),
-        _empty_if_absent(dsum, residual, x),
-        dweight.to(weight.dtype),
-        _empty_if_absent(dbias, bias, x),
-    )
+    # x and residual have one gradient, but results must not share memory
+    return gradients_as_results((dsum.to(x.dtype, copy=True), dsum, dweight, dbias), arguments[:4])
 
 
 @register_fake("add_norm_backward")
-def _(dout, dtotal, x, residual, weight, bias, *options):
-    return _fake_like(x, residual, weight, bias)
+def _(dout, dtotal, *arguments):
+    return fake_gradients(arguments[:4])
 
 
 def _add_setup_context(ctx, inputs, output):
@@ -228,8 +211,7 @@ def _add_autograd(ctx, dout, dtotal):
     if dout is None:
         dout = torch.zeros_like(ctx.saved_tensors[0])
     gradients = torch.ops.visionmamba.add_norm_backward(dout, dtotal, *ctx.saved_tensors, *ctx.options)
-    present = [None if t is None else g for g, t in zip(gradients, ctx.saved_tensors, strict=True)]
-    return (*present, *[None] * len(ctx.options))
+    return (*present_gradients(gradients, ctx.saved_tensors), *[None] * len(ctx.options))
 
 
 differentiable("add_norm", _add_autograd, _add_setup_context)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ._autocast import autocast_activations
 from ._block_products import block_diagonal, diagonal_blocks, weight_gradient
-from ._operator import differentiable, operator, register_fake
+from ._operator import differentiable, fake_gradients, operator, present_gradients, register_fake
 from .causal_conv1d import causal_conv1d
 from .selective_scan import selective_scan
 
@@ -109,12 +109,7 @@ def _ssm_backward(
 
 @register_fake("ssm_backward")
 def _(dy, projected, *arguments):
-    x = arguments[0]
-    # An absent input's gradient is an empty tensor: an op's outputs cannot be None.
-    return tuple(
-        x.new_empty(0) if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for tensor in arguments[:_TENSORS]
-    )
+    return fake_gradients(arguments[:_TENSORS])
 
 
 def _setup_context(ctx, inputs, output):
@@ -127,8 +122,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy, _):
     projected, *tensors = ctx.saved_tensors
     gradients = torch.ops.visionmamba.ssm_backward(dy, projected, *tensors, *ctx.options)
-    present = [None if tensor is None else gradient for gradient, tensor in zip(gradients, tensors, strict=True)]
-    return (*present, *[None] * len(ctx.options))
+    return (*present_gradients(gradients, tensors), *[None] * len(ctx.options))
 
 
 differentiable("ssm", _autograd, _setup_context)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._checks import check_dtype, check_same_device, check_shape
-from .._operator import differentiable, operator, register_fake
+from .._operator import differentiable, fake_gradients, gradients_as_results, operator, present_gradients, register_fake
 from .._tracing import traceable_overload
 from ..backend import select
 from ..scan_path import scan_path
@@ -76,19 +76,12 @@ def _(x, weight, bias, seq_idx, initial_states, path, grid, silu):
 def _causal_conv1d_backward(dout, dfinal_states, x, weight, bias, seq_idx, initial_states, path, grid, silu):
     arguments = (x, weight, bias, seq_idx, initial_states, path, tuple(grid), silu)
     gradients = select("causal_conv1d", x.device.type, *arguments).backward(dout, dfinal_states, *arguments)
-    # An absent input's gradient is an empty tensor: an op's outputs cannot be None.
-    return tuple(
-        x.new_empty(0) if gradient is None else gradient.to(tensor.dtype).contiguous()
-        for gradient, tensor in zip(gradients, (x, weight, bias, initial_states), strict=True)
-    )
+    return gradients_as_results(gradients, (x, weight, bias, initial_states))
 
 
 @register_fake("causal_conv1d_backward")
 def _(dout, dfinal_states, x, weight, bias, seq_idx, initial_states, path, grid, silu):
-    return tuple(
-        x.new_empty(0) if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for tensor in (x, weight, bias, initial_states)
-    )
+    return fake_gradients((x, weight, bias, initial_states))
 
 
 def _setup_context(ctx, inputs, output):
@@ -101,13 +94,11 @@ def _backward(ctx, dout, dfinal_states):
     x, weight, bias, seq_idx, initial_states = ctx.saved_tensors
     if dout is None:
         dout = x.new_zeros((*x.shape[:2], *weight.shape[:2]))
-    dx, dweight, dbias, dinitial = torch.ops.visionmamba.causal_conv1d_backward(
+    gradients = torch.ops.visionmamba.causal_conv1d_backward(
         dout, dfinal_states, x, weight, bias, seq_idx, initial_states, *ctx.options
     )
-    return (
-        dx, dweight, None if bias is None else dbias, None, None if initial_states is None else dinitial,
-        None, None, None,
-    )  # fmt: skip
+    dx, dweight, dbias, dinitial = present_gradients(gradients, (x, weight, bias, initial_states))
+    return dx, dweight, dbias, None, dinitial, *[None] * len(ctx.options)
 
 
 differentiable("causal_conv1d", _backward, _setup_context)

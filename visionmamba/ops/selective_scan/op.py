@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .._autocast import autocast_activations
 from .._checks import check_dtype, check_same_device, check_shape
-from .._operator import differentiable, operator, register_fake
+from .._operator import differentiable, fake_gradients, gradients_as_results, operator, present_gradients, register_fake
 from .._tracing import traceable_overload
 from ..backend import select
 from ..scan_path import scan_path
@@ -115,20 +115,12 @@ def _selective_scan_backward(dy, dlast_state, *arguments):
     arguments = (*arguments[:grid_index], tuple(arguments[grid_index]), *arguments[grid_index + 1 :])
     implementation = select("selective_scan", u.device.type, *arguments)
     gradients = implementation.backward(dy, dlast_state, *arguments)
-    # An absent input's gradient is an empty tensor: an op's outputs cannot be None.
-    return tuple(
-        u.new_empty(0) if gradient is None else gradient.to(tensor.dtype).contiguous()
-        for gradient, tensor in zip(gradients, arguments, strict=False)
-    )
+    return gradients_as_results(gradients, arguments[: len(_TENSOR_ARGUMENTS)])
 
 
 @register_fake("selective_scan_backward")
 def _(dy, dlast_state, *arguments):
-    u = arguments[0]
-    return tuple(
-        u.new_empty(0) if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for tensor in arguments[: len(_TENSOR_ARGUMENTS)]
-    )
+    return fake_gradients(arguments[: len(_TENSOR_ARGUMENTS)])
 
 
 def _setup_context(ctx, inputs, output):
@@ -145,8 +137,7 @@ def _backward(ctx, dy, dlast_state):
         shape = u.shape if (u.dim() == 3) == merge else (*u.shape[:2], *([] if merge else [directions]), u.shape[-1])
         dy = u.new_zeros(shape)
     gradients = torch.ops.visionmamba.selective_scan_backward(dy, dlast_state, *tensors, *ctx.options)
-    gradients = [None if tensor is None else gradient for gradient, tensor in zip(gradients, tensors, strict=True)]
-    return (*gradients, *[None] * len(ctx.options))
+    return (*present_gradients(gradients, tensors), *[None] * len(ctx.options))
 
 
 differentiable("selective_scan", _backward, _setup_context)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .._checks import check_dtype, check_same_device, check_shape
-from .._operator import differentiable, operator, register_fake
+from .._operator import differentiable, fake_gradients, gradients_as_results, operator, present_gradients, register_fake
 from .._tracing import traceable_overload
 from ..backend import select
 from ..scan_path import scan_path
@@ -111,20 +111,12 @@ def _ssd_backward(dy, dfinal_states, *arguments):
     x, grid_index = arguments[0], 11
     arguments = (*arguments[:grid_index], tuple(arguments[grid_index]), *arguments[grid_index + 1 :])
     gradients = select("ssd", x.device.type, *arguments).backward(dy, dfinal_states, *arguments)
-    # An absent input's gradient is an empty tensor: an op's outputs cannot be None.
-    return tuple(
-        x.new_empty(0) if gradient is None else gradient.to(tensor.dtype).contiguous()
-        for gradient, tensor in zip(gradients, arguments[:_DIFFERENTIABLE], strict=True)
-    )
+    return gradients_as_results(gradients, arguments[:_DIFFERENTIABLE])
 
 
 @register_fake("ssd_backward")
 def _(dy, dfinal_states, *arguments):
-    x = arguments[0]
-    return tuple(
-        x.new_empty(0) if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for tensor in arguments[:_DIFFERENTIABLE]
-    )
+    return fake_gradients(arguments[:_DIFFERENTIABLE])
 
 
 def _setup_context(ctx, inputs, output):
@@ -139,11 +131,7 @@ def _backward(ctx, dy, dfinal_states):
         x, directions, merge = tensors[0], tensors[2].shape[0], ctx.options[5]
         dy = x.new_zeros((*x.shape[:2], *([] if merge else [directions]), *x.shape[-2:]))
     gradients = torch.ops.visionmamba.ssd_backward(dy, dfinal_states, *tensors, *ctx.options)
-    gradients = [
-        None if tensor is None else gradient
-        for gradient, tensor in zip(gradients, tensors[:_DIFFERENTIABLE], strict=True)
-    ]
-    return (*gradients, None, *[None] * len(ctx.options))
+    return (*present_gradients(gradients, tensors[:_DIFFERENTIABLE]), None, *[None] * len(ctx.options))
 
 
 differentiable("ssd", _backward, _setup_context)
