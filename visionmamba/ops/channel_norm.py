@@ -22,6 +22,7 @@ __all__ = ["channel_norm", "has_kernel"]
 def forward(x, added, weight, bias, shift, eps, rms, scale, dtype):
     """Compute the op in plain PyTorch; see :func:`channel_norm`."""
     wide = torch.promote_types(x.dtype, torch.float32)
+    x, added = x.contiguous(), None if added is None else added.contiguous()  # whatever x is, the results are
     total = x.to(wide) if shift is None else x.to(wide) + shift.to(wide)
     if added is not None:
         total = torch.add(total, added.to(wide), alpha=scale)
@@ -34,6 +35,7 @@ def forward(x, added, weight, bias, shift, eps, rms, scale, dtype):
 def backward(dout, dtotal, total, weight, bias, shift, eps, rms, scale, added_dtype):
     """Compute the gradients of x, added, weight, bias and shift; None for absent ones."""
     wide = torch.promote_types(total.dtype, torch.float32)
+    total, dout = total.contiguous(), dout.contiguous()
     normal, rstd = normalise(total.to(wide) if shift is None else total.to(wide) + shift.to(wide), eps, rms)
     dout = dout.to(wide)
     dx = normalise_backward(dout * weight.to(wide), normal, rstd, rms)
