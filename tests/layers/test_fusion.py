@@ -30,7 +30,7 @@ from visionmamba.ops.channel_norm import channel_norm
 
 @pytest.fixture
 def fused(monkeypatch):
-    monkeypatch.setattr(norm, "fuses", lambda _x, compiled: True)
+    monkeypatch.setattr(norm, "fuses", lambda _x, compiled=True: True)
 
 
 def test_a_cpu_runs_the_separate_operators():
@@ -85,7 +85,7 @@ def test_bias_of_a_convolution_added_by_the_norm(dtype, monkeypatch):
     monkeypatch.setattr(norm, "channel_norm", lambda *a, **k: shifts.append(k.get("shift")) or channel_norm(*a, **k))
 
     def results(model, joined):
-        monkeypatch.setattr(norm, "fuses", lambda _x, compiled: joined)
+        monkeypatch.setattr(norm, "fuses", lambda _x, compiled=True: joined)
         y = model(x.to(dtype).to(model[0].conv1.weight))
         (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.double).view_as(y)).sum().backward()
         return [y.detach(), *(p.grad for p in model.parameters())]

@@ -46,7 +46,7 @@ def test_layer_is_timms(monkeypatch):
     ours, theirs = Mlp(8, 32), timm.layers.Mlp(8, 32)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(4, 8)
-    monkeypatch.setattr(mlp, "fuses", lambda _x, compiled: True)
+    monkeypatch.setattr(mlp, "fuses", lambda _x, compiled=True: True)
     assert ours._joins(x)
     torch.testing.assert_close(ours(x), theirs(x))
     for model in (ours, theirs):

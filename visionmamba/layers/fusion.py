@@ -6,7 +6,6 @@ from functools import cache
 
 import torch
 import torch.nn as nn
-from timm.layers import is_exporting
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..ops import cuda_runtime
@@ -20,6 +19,11 @@ def _kernels_run() -> bool:
     return cuda_runtime.usable() is None
 
 
+def _is_exporting() -> bool:
+    # not torch.compiler.is_exporting(): up to 2.11 the compiler takes that for true wherever it traces
+    return torch.compiler._is_exporting_flag
+
+
 def fuses(x: torch.Tensor, compiled: bool = True) -> bool:
     """Whether a layer's fused operators run: on NVIDIA GPUs, in eager and compiled models.
 
@@ -30,7 +34,7 @@ def fuses(x: torch.Tensor, compiled: bool = True) -> bool:
         x: The layer's input.
         compiled: Whether in compiled models too; where not, the compiler fuses as well.
     """
-    if not isinstance(x, torch.Tensor) or x.device.type != "cuda" or torch.jit.is_tracing() or is_exporting():
+    if not isinstance(x, torch.Tensor) or x.device.type != "cuda" or torch.jit.is_tracing() or _is_exporting():
         return False
     if torch.compiler.is_compiling():
         return compiled

@@ -21,22 +21,29 @@ _MAX_ITERATIONS = 8
 _BLOCKS = {"norm_forward": 8, "norm_backward": 3}  # a multiprocessor
 
 
+def _vector(channels: int) -> int:
+    return 4 if channels % 4 == 0 else 2 if channels % 2 == 0 else 1
+
+
+def has_kernel(channels: int) -> bool:
+    """Whether the kernels take rows of so many channels; others are computed in plain PyTorch, in several passes."""
+    return channels <= _MAX_ITERATIONS * 32 * _vector(channels)
+
+
 @lru_cache(maxsize=1024)
-def row_layout(channels: int) -> tuple[int, int, int] | None:
+def row_layout(channels: int) -> tuple[int, int, int]:
     """Choose how threads share a row.
 
     Args:
-        channels: C.
+        channels: C, of which there is a kernel.
 
     Returns:
-        Threads a row, values of a thread at a time, and how many times; None if there are too many channels. As few
-        values as can be lie past the row's end, and each thread has several loads under way.
+        Threads a row, values of a thread at a time, and how many times. As few values as can be lie past the row's end,
+        and each thread has several loads under way.
     """
-    vec = next(width for width in (4, 2, 1) if channels % width == 0)
+    vec = _vector(channels)
     layouts = [(lanes, vec, -(-channels // (lanes * vec))) for lanes in (32, 16, 8, 4)]
     layouts = [layout for layout in layouts if layout[2] <= _MAX_ITERATIONS]
-    if not layouts:
-        return None
     return min(layouts, key=lambda layout: (layout[0] * layout[1] * layout[2], abs(layout[2] - 3)))
 
 
@@ -130,7 +137,7 @@ def _supports(x, *others) -> str | None:
         return f"takes float32, float16 and bfloat16, not {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
     if len(dtypes - {torch.float32}) > 1:
         return "takes one 16-bit dtype at a time"
-    return "takes fewer channels" if row_layout(x.shape[-1]) is None else None
+    return None if has_kernel(x.shape[-1]) else "takes fewer channels"
 
 
 register_implementation(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._autocast import autocast_activations
 from ._checks import check_dtype, check_same_device, check_shape
-from ._cuda_norm import row_layout  # registers the backend, too
+from ._cuda_norm import has_kernel  # registers the backend, too
 from ._operator import differentiable, operator, register_fake
 from .backend import Implementation, register_implementation, select
 from .norm import normalise, normalise_backward
@@ -124,11 +124,6 @@ def _autograd(ctx, dout, dtotal):
 differentiable("channel_norm", _autograd, _setup_context)
 autocast_activations("channel_norm")
 autocast_activations("channel_norm_backward")
-
-
-def has_kernel(channels: int) -> bool:
-    """Whether the kernels take rows of so many channels; others are computed in plain PyTorch, in several passes."""
-    return row_layout(channels) is not None
 
 
 def channel_norm(

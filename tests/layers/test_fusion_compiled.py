@@ -1,0 +1,72 @@
+"""Compiled models run the fused operators, exported ones the separate operators."""
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from torch._dynamo.backends.registry import lookup_backend
+
+import visionmamba  # noqa: F401
+from visionmamba.layers import (
+    disjoint_patches,
+    fusion,
+    gated_mixer,
+    joined_blocks,
+    mlp,
+    norm,
+    recompute,
+    selective_ssm,
+    ss2d,
+)
+from visionmamba.layers import residual_stream as stream
+
+MODULES = (disjoint_patches, gated_mixer, joined_blocks, mlp, norm, recompute, selective_ssm, ss2d, stream)
+FUSED = {
+    "test_vmamba": {"channel_norm", "gelu_linear", "ssm"},
+    "test_efficient_vmamba": {"channel_norm"},
+    "test_local_vmamba": {"channel_norm", "ssm"},
+    "test_plainmamba": {"channel_norm"},
+    "test_mamba2d": {"channel_norm", "ssm"},
+    "test_vim": {"ssm"},  # the compiler joins Vim's norms with the additions before them
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_compiled_model_is_the_eager_one(name, monkeypatch):
+    def fuses(_x, compiled=True):
+        return compiled and torch.compiler.is_compiling()
+
+    for module in MODULES:
+        monkeypatch.setattr(module, "fuses", fuses)
+    graphs, aot_eager = [], lookup_backend("aot_eager")
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch.manual_seed(0)
+    model, x = timm.create_model(name), torch.randn(2, 3, 64, 64)
+    parameters = list(model.parameters())
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend=backend)):
+        y = run(x)
+        gradients = torch.autograd.grad(y.square().mean(), parameters, allow_unused=True, materialize_grads=True)
+        results.append((y, *gradients))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    (graph,) = graphs
+    operators = {node.target.__name__.split(".")[0] for node in graph.graph.nodes if "visionmamba." in str(node.target)}
+    assert operators >= FUSED[name]
+
+
+class _Tells(nn.Module):
+    def forward(self, x):
+        return x + 1 if fusion._is_exporting() else x - 1
+
+
+def test_compiling_is_not_exporting():
+    x, tells = torch.ones(2), _Tells()
+    assert torch.equal(torch.compile(tells, backend="eager", fullgraph=True)(x), x - 1)
+    for strict in (False, True):
+        assert torch.equal(torch.export.export(tells, (x,), strict=strict).module()(x), x + 1)
+    assert torch.equal(tells(x), x - 1)
