@@ -63,7 +63,7 @@ if command -v compute-sanitizer >/dev/null; then
 fi
 beside large tests large 150 -m "gpu and slow" tests/gpu &
 beside training tests training 240 -n 3 --dist worksteal -m "gpu and not slow" $(grep -rlE 'mark\.gpu' tests/training tests/cli tests/openmmlab --include='test_*.py') &
-files="tests/gpu tests/ops tests/models/test_gpu_goldens.py $(grep -rlE 'mark\.gpu' tests/language --include='test_*.py') tests/test_cuda_graph.py tests/layers/test_fusion.py"
+files="tests/gpu tests/ops tests/models/test_gpu_goldens.py $(grep -rlE 'mark\.gpu' tests/language --include='test_*.py') tests/test_cuda_graph.py tests/layers"
 tests tests 240 -n 10 --dist worksteal --durations 15 -m "gpu and not slow" --deselect tests/gpu/test_loader.py $files
 wait
 cat "$out"/.v.{memcheck,racecheck,large,training} 2>/dev/null

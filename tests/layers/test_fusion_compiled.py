@@ -31,32 +31,54 @@ FUSED = {
 }
 
 
-@pytest.mark.parametrize("name", FUSED)
-def test_a_compiled_model_is_the_eager_one(name, monkeypatch):
-    def fuses(_x, compiled=True):
-        return compiled and torch.compiler.is_compiling()
-
-    for module in MODULES:
-        monkeypatch.setattr(module, "fuses", fuses)
+def _compiled(model):
+    """Return a model compiled whole, and the list that its graphs will be in."""
     graphs, aot_eager = [], lookup_backend("aot_eager")
 
     def backend(graph, inputs):
         graphs.append(graph)
         return aot_eager(graph, inputs)
 
+    return torch.compile(model, fullgraph=True, backend=backend), graphs
+
+
+def _results(run, model, x):
+    """Return the output and the parameters' gradients."""
+    y = run(x)
+    loss = y.float().square().mean()
+    return y, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+
+
+def _operators(graphs):
+    (graph,) = graphs
+    return {node.target.__name__.split(".")[0] for node in graph.graph.nodes if "visionmamba." in str(node.target)}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_compiled_model_is_the_eager_one(name, monkeypatch):
+    for module in MODULES:
+        monkeypatch.setattr(module, "fuses", lambda _x, compiled=True: compiled and torch.compiler.is_compiling())
     torch.manual_seed(0)
     model, x = timm.create_model(name), torch.randn(2, 3, 64, 64)
-    parameters = list(model.parameters())
-    results = []
-    for run in (model, torch.compile(model, fullgraph=True, backend=backend)):
-        y = run(x)
-        gradients = torch.autograd.grad(y.square().mean(), parameters, allow_unused=True, materialize_grads=True)
-        results.append((y, *gradients))
-    for found, expected in zip(*results, strict=True):
+    compiled, graphs = _compiled(model)
+    for found, expected in zip(_results(compiled, model, x), _results(model, model, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    (graph,) = graphs
-    operators = {node.target.__name__.split(".")[0] for node in graph.graph.nodes if "visionmamba." in str(node.target)}
-    assert operators >= FUSED[name]
+    assert _operators(graphs) >= FUSED[name]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", FUSED)
+def test_on_a_gpu(name, autocast):
+    torch.manual_seed(0)
+    model, x = timm.create_model(name).cuda(), torch.randn(2, 3, 64, 64, device="cuda")
+    compiled, graphs = _compiled(model)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast), torch.backends.cudnn.flags(allow_tf32=False):
+        pairs = zip(_results(compiled, model, x), _results(model, model, x), strict=True)
+    for found, expected in pairs:
+        difference, scale = (found - expected).float().norm(), expected.float().norm()
+        assert difference <= (0.1 if autocast else 1e-4) * scale + 1e-6
+    assert _operators(graphs) >= FUSED[name]
 
 
 class _Tells(nn.Module):
