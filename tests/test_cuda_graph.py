@@ -1,5 +1,6 @@
 """Inference and training as CUDA graphs."""
 
+import copy
 import warnings
 
 import pytest
@@ -107,6 +108,26 @@ def test_gradients_of_replays_add_up(stand_in):
         model.zero_grad()
         other.zero_grad()
     assert stand_in.replays == 12
+
+
+def test_copies_and_captures_anew(stand_in):
+    model, other, batches = _pair()
+    graph_training(model, batches[0])
+    average, x = copy.deepcopy(model), batches[1]
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.zero_()
+    model.eval(), average.eval(), other.eval()
+    assert average(x).count_nonzero() == 0
+    assert torch.equal(model(x), other(x))
+    assert stand_in.replays == 0
+    model.train(), other.train()
+    graph_training(model, batches[0])
+    assert stand_in.replays == 0
+    found, expected = _accumulate(model, batches), _accumulate(other, batches)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    _same(model, other)
+    assert stand_in.replays == len(batches)
 
 
 def test_what_is_unlike_the_example_runs_as_it_stands(stand_in):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def graph_training(model: nn.Module, example: torch.Tensor) -> None:
     run the model as it stands. The memory of a pass, activations among it, stays taken.
 
     A pass's output is overwritten by the next pass and must not be changed in place; its backward pass comes before the
-    next forward pass. Gradients of several passes may be added up.
+    next forward pass. Gradients of several passes may be added up. Copies of the model run as it stands.
 
     Args:
         model: The model, on a CUDA device; not yet wrapped to train in several processes.
@@ -103,11 +104,16 @@ def graph_training(model: nn.Module, example: torch.Tensor) -> None:
         RuntimeError: The model cannot be captured, such as one that reads results back to decide what to do.
     """
     parameters = list(model.parameters())
-    eager, captured = model.forward, _circumstances(model, parameters, example)
+    if hasattr(model.forward, "eager"):  # captured before
+        model.forward = model.forward.eager
+    eager = model.forward
+    captured = _circumstances(model, parameters, example)
     with _unchanged(model, example.device), _aliased(model) as aliases, _uncached_autocast(example.device.type):
         replay = _capture(lambda x, *_: model(x), (example.detach().clone(), *aliases))
 
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self is not model:
+            return type(self).forward(self, x, *args, **kwargs)
         if args or kwargs or _circumstances(model, parameters, x) != captured:
             return eager(x, *args, **kwargs)
         for parameter in parameters:
@@ -115,7 +121,8 @@ def graph_training(model: nn.Module, example: torch.Tensor) -> None:
                 parameter.grad = parameter.grad.clone()
         return replay(x, *parameters)
 
-    model.forward = forward
+    forward.eager = eager
+    model.forward = MethodType(forward, model)  # a method's copy belongs to the model's copy
 
 
 def _capture(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> Callable[..., Any]:
