@@ -32,7 +32,8 @@ def fuses(x: torch.Tensor, compiled: bool = True) -> bool:
 
     Args:
         x: The layer's input.
-        compiled: Whether in compiled models too; where not, the compiler fuses as well.
+        compiled: Whether in compiled models too; where not, the compiler fuses as well, and its launches wait less for
+            Python.
     """
     if not isinstance(x, torch.Tensor) or x.device.type != "cuda" or torch.jit.is_tracing() or _is_exporting():
         return False

@@ -24,7 +24,7 @@ def blocks_join(blocks: Iterable[nn.Module], x: torch.Tensor) -> bool:
         blocks: The blocks.
         x: The first one's input.
     """
-    if not fuses(x):
+    if not fuses(x, compiled=not torch.is_grad_enabled()):
         return False
     blocks = list(blocks)
     return all(hasattr(block, "step") for block in blocks) and unwatched(*blocks)

@@ -36,7 +36,7 @@ class Mlp(timm.layers.Mlp):
         dropped = self.training and self.drop1.p > 0
         if dropped or not isinstance(self.norm, nn.Identity):
             return False
-        return unwatched(self.fc1, self.act, self.drop1, self.norm, self.fc2) and fuses(x)
+        return unwatched(self.fc1, self.act, self.drop1, self.norm, self.fc2) and fuses(x, compiled=False)
 
     @torch.jit.unused
     def _joined(self, x: torch.Tensor) -> torch.Tensor:

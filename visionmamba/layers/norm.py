@@ -18,9 +18,9 @@ from .fusion import fuses, unwatched
 __all__ = ["LayerNorm", "add_norm", "add_stream_norm", "before_linear", "conv_norm"]
 
 
-def _runs_kernel(x: torch.Tensor, compiled: bool = True) -> bool:
+def _runs_kernel(x: torch.Tensor) -> bool:
     """Whether a norm of these rows is one kernel."""
-    return fuses(x, compiled) and has_kernel(x.shape[-1])
+    return fuses(x, compiled=not torch.is_grad_enabled()) and has_kernel(x.shape[-1])
 
 
 def _narrowed(dtype: torch.dtype, narrow: bool) -> torch.dtype:
@@ -73,7 +73,7 @@ def stream_norm(
         narrow: Under autocast, return its dtype.
     """
     if not torch.jit.is_scripting():
-        if _runs_kernel(x, compiled=False):  # the compiler joins it with the addition before it
+        if not torch.compiler.is_compiling() and _runs_kernel(x):  # the compiler joins it with the addition before it
             eps = torch.finfo(x.dtype).eps if eps is None else eps
             return channel_norm(x, weight, bias, eps, rms, dtype=_narrowed(weight.dtype, narrow))[0]
     if rms:
@@ -116,7 +116,8 @@ def conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.Module) -> torch.Tensor
         conv: A convolution of channels-last maps.
         norm: What follows it.
     """
-    joins = type(norm) is LayerNorm and conv.bias is not None and unwatched(conv, norm) and fuses(x)
+    joins = type(norm) is LayerNorm and conv.bias is not None and unwatched(conv, norm)
+    joins = joins and fuses(x, compiled=not torch.is_grad_enabled())
     if not joins or norm.weight is None or not has_kernel(conv.out_channels):
         return norm(conv(x))
     x = conv._conv_forward(x.permute(0, 3, 1, 2), conv.weight, None).permute(0, 2, 3, 1)
