@@ -83,14 +83,19 @@ def make_step(model: torch.nn.Module, x: torch.Tensor, training: bool, cache: bo
     return step
 
 
-def milliseconds(step: Step, repeats: int, warmup: int = 2) -> float:
+def milliseconds(step: Step, repeats: int, warmup: int = 10) -> float:
     """Return the median time of steps that follow one another; of fewer than ``repeats`` where they would take long."""
-    for _ in range(warmup):
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
+    torch.cuda.synchronize()
+    begun = last = time.perf_counter()
+    taken = ENOUGH_SECONDS / repeats
+    for i in range(warmup):
         step()
         torch.cuda.synchronize()
-        repeats = min(repeats, max(3, round(ENOUGH_SECONDS / (time.perf_counter() - begun))))
+        now = time.perf_counter()
+        taken, last = now - last, now
+        if i and now - begun > ENOUGH_SECONDS:
+            break
+    repeats = min(repeats, max(3, round(ENOUGH_SECONDS / taken)))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
         start.record()
@@ -120,7 +125,7 @@ def failure(error: Exception) -> str:
 
 
 def measure(
-    model: torch.nn.Module, x: torch.Tensor, training: bool, runs: list[str], repeats: int, warmup: int = 2
+    model: torch.nn.Module, x: torch.Tensor, training: bool, runs: list[str], repeats: int, warmup: int = 10
 ) -> Rows:
     """Return a row for each way to run a model: its time, images a second, and (but for graphs) peak memory.
 

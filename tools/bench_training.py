@@ -39,7 +39,7 @@ def _image_folder(root: Path, images: int) -> None:
 
 
 def measure(recipe: Path, cuda_graph: bool, batch: int, steps: int, root: Path) -> dict:
-    """Return a row: the mean time of a step, after eight others, and images a second."""
+    """Return a row: the mean time of a step, after twelve others, and images a second."""
     words = [
         f"data={root}", f"out={root / 'run'}", f"batch_size={batch}", "precision=bf16", "workers=0",
         f"cuda_graph={str(cuda_graph).lower()}",
@@ -53,7 +53,7 @@ def measure(recipe: Path, cuda_graph: bool, batch: int, steps: int, root: Path) 
         trainer._take_step(images, labels, 0)
         trainer.step += 1
 
-    for _ in range(8):
+    for _ in range(12):
         step()
     torch.cuda.synchronize()
     began = time.perf_counter()

@@ -11,12 +11,11 @@ __all__ = ["autocast_activations"]
 _DEVICE_TYPES = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
 
 
-def autocast_activations(name: str, positions: Sequence[int] = ()) -> None:
+def autocast_activations(name: str, positions: Sequence[int]) -> None:
     """Under autocast, bring activations of mixed dtypes to the autocast dtype before ``visionmamba::<name>`` runs.
 
     Matrix products come in the autocast dtype, norms and elementwise results often in float32. Activations that are
-    all float32 stay so, and the other arguments are never touched: the states are in float32 anyway. The operator
-    itself runs without autocast, which would otherwise reach into implementations written in PyTorch.
+    all float32 stay so, and the other arguments are never touched: the states are in float32 anyway.
 
     Args:
         name: The operator, already registered.
@@ -33,8 +32,8 @@ def _kernel(operator, positions, device_type, key):
 
     def kernel(*arguments):
         dtype = torch.get_autocast_dtype(device_type)
-        dtypes = {arguments[i].dtype for i in positions if arguments[i] is not None}
-        if dtypes == {torch.float32, dtype}:
+        dtypes = [arguments[i].dtype for i in positions if arguments[i] is not None]
+        if dtypes.count(dtypes[0]) != len(dtypes) and set(dtypes) == {torch.float32, dtype}:
             arguments = [x.to(dtype) if i in positions and x is not None else x for i, x in enumerate(arguments)]
         with torch._C._ExcludeDispatchKeyGuard(autocast_keys):
             return operator(*arguments)

@@ -14,9 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._plan import Plans
+
 __all__ = ["differentiable", "fake_gradients", "gradients_as_results", "operator", "present_gradients", "register_fake"]
 
 _LIBRARY = torch.library.Library("visionmamba", "FRAGMENT")
+_BELOW = torch._C._after_autograd_keyset
+_DEVICES = (torch._C.DispatchKey.CUDA, torch._C.DispatchKey.CPU)
+_PLANNED = ("cuda",)  # elsewhere kernels are launched unseen
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+for _key in (torch._C.DispatchKey.AutocastCUDA, torch._C.DispatchKey.AutocastMPS, torch._C.DispatchKey.AutocastXPU):
+    _AUTOCAST = _AUTOCAST.add(_key)
 
 
 @dataclass
@@ -28,23 +36,28 @@ class _Formula:
 
 
 _formulas: dict[str, _Formula] = {}
+_functions: dict[Any, Callable[..., Any]] = {}
 
 
-def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operator(name: str, schema: str, planned: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as ``visionmamba::<name>`` on every device.
 
-    ``torch.compile`` keeps the operator in its graph and does not look into the function.
+    ``torch.compile`` keeps the operator in its graph and does not look into the function. Autocast does not reach into
+    it either: an operator's implementations choose their dtypes themselves.
 
     Args:
         name: The operator's name.
         schema: Its arguments, all positional, and results, which alias nothing.
+        planned: Whether all that the function does on a GPU follows from its arguments' signature; see :mod:`._plan`.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
-        _formulas[name] = _Formula()
-        _LIBRARY.impl(name, _autograd_kernel(name, _formulas[name]), "Autograd", with_keyset=True)
+        overload = getattr(torch.ops.visionmamba, name).default
+        _formulas[name], _functions[overload] = _Formula(), function
+        kernel = _backend_kernel(function, Plans(function, _functions) if planned else None)
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _autograd_kernel(overload, kernel, _formulas[name]), "Autograd", with_keyset=True)
         return function
 
     return register
@@ -91,29 +104,41 @@ def present_gradients(results: Sequence[Tensor], inputs: Sequence[Tensor | None]
     return [None if tensor is None else result for result, tensor in zip(results, inputs, strict=True)]
 
 
-def _autograd_kernel(name: str, formula: _Formula) -> Callable[..., Any]:
-    overload = getattr(torch.ops.visionmamba, name).default
-    below = torch._C._after_autograd_keyset
+def _backend_kernel(function: Callable[..., Any], plans: Plans | None) -> Callable[..., Any]:
+    def kernel(*inputs):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return plans(*inputs) if plans is not None and inputs[0].device.type in _PLANNED else function(*inputs)
+
+    return torch._disable_dynamo(kernel)
+
+
+def _autograd_kernel(
+    overload: torch._ops.OpOverload, backend_kernel: Callable[..., Any], formula: _Formula
+) -> Callable[..., Any]:
+    def below(keyset, inputs):
+        keys = keyset & _BELOW
+        with torch._C._AutoDispatchBelowAutograd():
+            if keys.highestPriorityTypeId() in _DEVICES:  # neither a mode nor a transform is in between
+                return backend_kernel(*inputs)
+            return overload.redispatch(keys, *inputs)
 
     def forward(ctx, keyset, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            results = overload.redispatch(keyset & below, *inputs)
+        results = below(keyset, inputs)
         if formula.setup_context is not None:
             formula.setup_context(ctx, inputs, results)
         return results
 
     def backward(ctx, *gradients):
         if formula.backward is None:
-            raise RuntimeError(f"visionmamba::{name} has no gradient")
+            raise RuntimeError(f"{overload._schema.name} has no gradient")
         return None, *formula.backward(ctx, *gradients)  # the key set has none
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(f"visionmamba_{name}", (torch.autograd.Function,), methods)
+    function = type(overload._schema.name.replace("::", "_"), (torch.autograd.Function,), methods)
 
     def kernel(keyset, *inputs):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return function.apply(keyset, *inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & below, *inputs)
+        return below(keyset, inputs)
 
     return kernel

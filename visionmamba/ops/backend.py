@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -24,12 +25,15 @@ __all__ = [
     "register_implementation",
     "requested_backend",
     "select",
+    "state",
+    "watch_choices",
 ]
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 """Backends in order of preference."""
 
 _ENVIRONMENT_VARIABLE = "VISIONMAMBA_BACKEND"
+_VARIABLE_KEY = os.fsencode(_ENVIRONMENT_VARIABLE) if os.supports_bytes_environ else _ENVIRONMENT_VARIABLE
 
 
 def _always(*_args: Any, **_kwargs: Any) -> None:
@@ -64,8 +68,19 @@ class Implementation:
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
+_registrations = 0
 _forced: list[str] = []
 _failed: dict[tuple[str, str], str] = {}
+_environment = os.environb if os.supports_bytes_environ else os.environ  # the first looks nothing up in a codec
+
+
+class _Thread(threading.local):
+    """Who watches a thread's choices."""
+
+    watcher: Callable[[Implementation], None] | None = None
+
+
+_thread = _Thread()
 
 
 def register_implementation(implementation: Implementation) -> None:
@@ -81,6 +96,8 @@ def register_implementation(implementation: Implementation) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {implementation.backend!r}")
     if implementation.failures:
         implementation = _with_fallback(implementation)
+    global _registrations
+    _registrations += 1
     _implementations.setdefault(implementation.op, {})[implementation.backend] = implementation
     _failed.pop((implementation.op, implementation.backend), None)
     _probe.cache_clear()
@@ -141,8 +158,11 @@ def requested_backend() -> str | None:
     """Return the backend that a ``with backend(...)`` block or ``VISIONMAMBA_BACKEND`` asks for, if any."""
     if _forced:
         return _forced[-1]
-    name = os.environ.get(_ENVIRONMENT_VARIABLE) or None
-    if name is not None and name not in BACKENDS:
+    name = _environment.get(_VARIABLE_KEY)
+    if not name:
+        return None
+    name = os.fsdecode(name)
+    if name not in BACKENDS:
         raise ValueError(f"{_ENVIRONMENT_VARIABLE}: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
@@ -184,6 +204,13 @@ def select(op: str, device_type: str, *arguments: Any) -> Implementation:
     Raises:
         RuntimeError: The forced backend does not exist for the operator or cannot take the call.
     """
+    chosen = _choose(op, device_type, arguments)
+    if _thread.watcher is not None:
+        _thread.watcher(chosen)
+    return chosen
+
+
+def _choose(op: str, device_type: str, arguments: tuple[Any, ...]) -> Implementation:
     table = _backends_of(op)
     forced = requested_backend()
     if forced is not None:
@@ -197,6 +224,21 @@ def select(op: str, device_type: str, *arguments: Any) -> Implementation:
         if name in table and _objection(table[name], device_type, arguments) is None:
             return table[name]
     raise RuntimeError(f"{op}: no backend can run on {device_type}: {explain(op, device_type)}")
+
+
+@contextlib.contextmanager
+def watch_choices(watcher: Callable[[Implementation], None]) -> Iterator[None]:
+    """Call a function with each implementation that this thread selects inside the ``with`` block."""
+    before, _thread.watcher = _thread.watcher, watcher
+    try:
+        yield
+    finally:
+        _thread.watcher = before
+
+
+def state() -> tuple[str | None, int, int]:
+    """Return what decides :func:`select` beside its arguments: what is asked for, is there, and has failed."""
+    return requested_backend(), _registrations, len(_failed)
 
 
 def explain(op: str, device_type: str) -> dict[str, str | None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._autocast import autocast_activations
 from ._checks import check_dtype, check_same_device, check_shape
 from ._cuda_norm import has_kernel  # registers the backend, too
 from ._operator import differentiable, operator, register_fake
@@ -55,7 +54,7 @@ _SCHEMA = (
 )
 
 
-@operator("channel_norm", f"({_SCHEMA}) -> (Tensor, Tensor)")
+@operator("channel_norm", f"({_SCHEMA}) -> (Tensor, Tensor)", planned=True)
 def _channel_norm(x, added, weight, bias, shift, eps, rms, scale, dtype):
     check_dtype("x", x)
     for name, parameter in (("weight", weight), ("bias", bias), ("shift", shift)):
@@ -81,6 +80,7 @@ def _(x, added, weight, bias, shift, eps, rms, scale, dtype):
     "channel_norm_backward",
     "(Tensor dout, Tensor? dtotal, Tensor total, Tensor weight, Tensor? bias, Tensor? shift, float eps, bool rms, "
     "float scale, ScalarType? added_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    planned=True,
 )
 def _channel_norm_backward(dout, dtotal, total, weight, bias, shift, eps, rms, scale, added_dtype):
     arguments = (total, weight, bias, shift, eps, rms, scale, added_dtype)
@@ -122,8 +122,6 @@ def _autograd(ctx, dout, dtotal):
 
 
 differentiable("channel_norm", _autograd, _setup_context)
-autocast_activations("channel_norm")
-autocast_activations("channel_norm_backward")
 
 
 def channel_norm(

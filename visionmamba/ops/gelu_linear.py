@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import cuda_runtime
-from ._autocast import autocast_activations
 from ._block_products import weight_gradient
 from ._operator import differentiable, operator, register_fake
 from .backend import Implementation, register_implementation, select
@@ -82,7 +81,7 @@ register_implementation(
 )  # fmt: skip
 
 
-@operator("gelu_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? x_bias) -> Tensor")
+@operator("gelu_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? x_bias) -> Tensor", planned=True)
 def _gelu_linear(x, weight, bias, x_bias):
     return F.linear(F.gelu(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -92,7 +91,9 @@ def _(x, weight, bias, x_bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@operator("gelu_linear_backward", "(Tensor dout, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)")
+@operator(
+    "gelu_linear_backward", "(Tensor dout, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)", planned=True
+)
 def _gelu_linear_backward(dout, x, weight):
     rows, hidden_rows = dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
     dhidden = rows @ weight.to(x.dtype)
@@ -119,8 +120,6 @@ def _autograd(ctx, dout):
 
 
 differentiable("gelu_linear", _autograd, _setup_context)
-autocast_activations("gelu_linear")
-autocast_activations("gelu_linear_backward")
 
 
 @register_flop_formula(torch.ops.visionmamba.gelu_linear)

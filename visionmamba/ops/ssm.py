@@ -53,7 +53,7 @@ def _split(projected: Tensor, A: Tensor, dt_weight: Tensor) -> tuple[Tensor, ...
     return projected.split([dt_weight.shape[2], A.shape[2], A.shape[2]], dim=-1)
 
 
-@operator("ssm", f"({_SCHEMA}) -> (Tensor, Tensor)")
+@operator("ssm", f"({_SCHEMA}) -> (Tensor, Tensor)", planned=True)
 def _ssm(
     x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid, merge, silu
 ):  # fmt: skip
@@ -75,7 +75,9 @@ def _(
     return x.new_empty((*x.shape[:2], *middle, channels)), x.new_empty((*x.shape[:2], directions, width))
 
 
-@operator("ssm_backward", f"(Tensor dy, Tensor projected, {_SCHEMA}) -> ({', '.join(['Tensor'] * _TENSORS)})")
+@operator(
+    "ssm_backward", f"(Tensor dy, Tensor projected, {_SCHEMA}) -> ({', '.join(['Tensor'] * _TENSORS)})", planned=True
+)
 def _ssm_backward(
     dy, projected, x, z, in_proj_weight, conv_weight, conv_bias, x_proj_weight, A, D, dt_bias, dt_weight, path, grid,
     merge, silu,
@@ -127,7 +129,6 @@ def _autograd(ctx, dy, _):
 
 differentiable("ssm", _autograd, _setup_context)
 autocast_activations("ssm", [0, 1])
-autocast_activations("ssm_backward")
 
 
 @register_flop_formula(torch.ops.visionmamba.ssm)

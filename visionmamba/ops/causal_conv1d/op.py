@@ -44,7 +44,7 @@ def _check(x, weight, bias, seq_idx, initial_states):
     check_same_device(x=x, weight=weight, bias=bias, seq_idx=seq_idx, initial_states=initial_states)
 
 
-@operator("causal_conv1d", f"({_SCHEMA_ARGUMENTS}) -> (Tensor, Tensor)")
+@operator("causal_conv1d", f"({_SCHEMA_ARGUMENTS}) -> (Tensor, Tensor)", planned=True)
 def _causal_conv1d(x, weight, bias, seq_idx, initial_states, path, grid, silu):
     _check(x, weight, bias, seq_idx, initial_states)
     table = scan_path(path, tuple(grid))
@@ -72,6 +72,7 @@ def _(x, weight, bias, seq_idx, initial_states, path, grid, silu):
 @operator(
     "causal_conv1d_backward",
     f"(Tensor dout, Tensor? dfinal_states, {_SCHEMA_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    planned=True,
 )
 def _causal_conv1d_backward(dout, dfinal_states, x, weight, bias, seq_idx, initial_states, path, grid, silu):
     arguments = (x, weight, bias, seq_idx, initial_states, path, tuple(grid), silu)

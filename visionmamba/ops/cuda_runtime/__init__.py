@@ -1,14 +1,16 @@
 """CUDA kernels at run time: NVRTC through cuda-core, a cubin cache on disk, and launches on torch's stream."""
 
 from .compiler import CompileError, KernelError, available, compile_cubin, compile_log, nvrtc_version, source
-from .launcher import Arguments, Kernel, Launcher, launcher, pointer, usable
+from .launcher import Address, Arguments, Kernel, Launcher, Prepared, launcher, pointer, usable, watch_launches
 
 __all__ = [
+    "Address",
     "Arguments",
     "CompileError",
     "Kernel",
     "KernelError",
     "Launcher",
+    "Prepared",
     "available",
     "compile_cubin",
     "compile_log",
@@ -17,4 +19,5 @@ __all__ = [
     "pointer",
     "source",
     "usable",
+    "watch_launches",
 ]

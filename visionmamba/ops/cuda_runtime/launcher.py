@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,12 +14,24 @@ import torch
 
 from .compiler import KernelError, available, compile_cubin
 
-__all__ = ["Arguments", "Kernel", "Launcher", "launcher", "pointer", "usable"]
+__all__ = ["Address", "Arguments", "Kernel", "Launcher", "Prepared", "launcher", "pointer", "usable", "watch_launches"]
+
+
+class Address(int):
+    """A tensor's address that knows the tensor: what :func:`pointer` returns where launches are watched."""
+
+    tensor: torch.Tensor
 
 
 def pointer(tensor: torch.Tensor | None) -> int:
     """Return a tensor's address, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return 0
+    if _thread.watcher is None:
+        return tensor.data_ptr()
+    address = Address(tensor.data_ptr())
+    address.tensor = tensor
+    return address
 
 
 class Arguments(NamedTuple):
@@ -33,26 +45,23 @@ class Arguments(NamedTuple):
         return _struct(len(self.wide), len(self.narrow)).pack(*self.wide, *self.narrow)
 
     def place(self) -> int:
-        """Return the address of a list of kernel parameters, the struct alone; it holds until the thread's next call.
-
-        The driver copies a launch's parameters before it returns.
-        """
-        places, size = _thread.places, (len(self.wide), len(self.narrow))
-        if size not in places:
-            layout = _struct(*size)
-            buffer = ctypes.create_string_buffer(layout.size)
-            places[size] = layout, buffer, (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
-        layout, buffer, parameters = places[size]
+        """Return the address of a list of kernel parameters, the struct alone; see :func:`_place`."""
+        layout = _struct(len(self.wide), len(self.narrow))
+        buffer, parameters = _place(layout.size)
         layout.pack_into(buffer, 0, *self.wide, *self.narrow)
-        return ctypes.addressof(parameters)
+        return parameters
 
 
 class _Thread(threading.local):
-    """What a thread has at hand for its launches: buffers by size, and the devices whose context it has entered."""
+    """What a thread has at hand for its launches.
+
+    Buffers for arguments by size, the devices whose context it has entered, and who watches its launches.
+    """
 
     def __init__(self) -> None:
-        self.places: dict[tuple[int, int], tuple[struct.Struct, Any, Any]] = {}
+        self.places: dict[int, tuple[Any, int, Any]] = {}
         self.entered: set[int] = set()
+        self.watcher: Callable[[Prepared, Arguments], None] | None = None
 
 
 _thread = _Thread()
@@ -61,6 +70,33 @@ _thread = _Thread()
 @cache
 def _struct(wide: int, narrow: int) -> struct.Struct:
     return struct.Struct(f"={wide}q{narrow}i" + ("4x" if narrow % 2 else ""))
+
+
+def _place(size: int) -> tuple[Any, int]:
+    """Return a buffer for a struct, and the address of a list of kernel parameters that is the struct alone.
+
+    Both hold until the thread's next call: the driver copies a launch's parameters before it returns.
+    """
+    places = _thread.places
+    if size not in places:
+        buffer = ctypes.create_string_buffer(size)
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+        places[size] = buffer, ctypes.addressof(parameters), parameters
+    return places[size][:2]
+
+
+@contextlib.contextmanager
+def watch_launches(watcher: Callable[[Prepared, Arguments], None]) -> Iterator[None]:
+    """Call a function for each launch of this thread inside the ``with`` block; the launches take place all the same.
+
+    Args:
+        watcher: Takes the launch, and its arguments, whose pointers are each an :class:`Address`.
+    """
+    before, _thread.watcher = _thread.watcher, watcher
+    try:
+        yield
+    finally:
+        _thread.watcher = before
 
 
 @cache
@@ -86,18 +122,18 @@ class Kernel:
         self._handle, self._library = handle, library
         self._resident: dict[int, int] = {}
 
-    def launch(self, blocks: int, threads: int, arguments: Arguments, stream: int, shared_bytes: int = 0) -> None:
+    def launch(self, blocks: int, threads: int, parameters: int, stream: int, shared_bytes: int = 0) -> None:
         """Launch the kernel.
 
         Args:
             blocks: Blocks of the one-dimensional grid.
             threads: Threads a block.
-            arguments: The struct.
+            parameters: Address of the list of parameters.
             stream: The stream's address.
             shared_bytes: Dynamic shared memory.
         """
         (status,) = _driver().cuLaunchKernel(
-            self._handle, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments.place(), 0
+            self._handle, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, parameters, 0
         )
         if int(status) != 0:
             error = KernelError if int(status) in _REFUSED else RuntimeError
@@ -111,6 +147,33 @@ class Kernel:
             _check(status, "asking for a kernel's occupancy")
             self._resident[threads] = max(1, blocks)
         return self._resident[threads]
+
+
+class Prepared:
+    """A launch that lacks the addresses of its tensors alone.
+
+    Args:
+        launcher: The device.
+        kernel: The kernel.
+        blocks: Blocks of the grid.
+        threads: Threads a block.
+        arguments: The struct: all fields up to the last pointer are given anew at each launch.
+        shared_bytes: Dynamic shared memory.
+    """
+
+    def __init__(
+        self, launcher: Launcher, kernel: Kernel, blocks: int, threads: int, arguments: Arguments, shared_bytes: int
+    ) -> None:
+        self._launcher, self._kernel, self._sizes = launcher, kernel, (blocks, threads, shared_bytes)
+        self.open = max((i + 1 for i, field in enumerate(arguments.wide) if isinstance(field, Address)), default=0)
+        self._fixed = arguments.pack()[8 * self.open :]
+        self._layout = struct.Struct(f"={self.open}q{len(self._fixed)}s")
+
+    def __call__(self, *fields: int) -> None:
+        """Launch with these first ``open`` fields."""
+        buffer, parameters = _place(self._layout.size)
+        self._layout.pack_into(buffer, 0, *fields, self._fixed)
+        self._launcher.start(self._kernel, *self._sizes, parameters)
 
 
 class Launcher:
@@ -145,7 +208,7 @@ class Launcher:
         key = (file, name, *macros.items(), shared_bytes)
         kernel = self._kernels.get(key)
         if kernel is None:
-            with self._lock:
+            with self._lock, self._current():
                 kernel = self._kernels[key] = self._load(file, name, macros, shared_bytes)
         return kernel
 
@@ -202,11 +265,19 @@ class Launcher:
         """Launch a kernel on torch's current stream; compile it first if need be."""
         if not blocks:
             return
+        kernel = self.kernel(file, name, macros, shared_bytes)
+        if _thread.watcher is not None:
+            _thread.watcher(Prepared(self, kernel, blocks, threads, arguments, shared_bytes), arguments)
+        self.start(kernel, blocks, threads, shared_bytes, arguments.place())
+
+    def start(self, kernel: Kernel, blocks: int, threads: int, shared_bytes: int, parameters: int) -> None:
+        """Launch a kernel on torch's current stream; ``parameters``: the address of their list."""
         index = self.device.index
-        there = index in _thread.entered and torch._C._cuda_getDevice() == index
-        with contextlib.nullcontext() if there else self._current():
-            kernel = self.kernel(file, name, macros, shared_bytes)
-            kernel.launch(blocks, threads, arguments, self.stream(), shared_bytes)
+        if index in _thread.entered and torch._C._cuda_getDevice() == index:
+            kernel.launch(blocks, threads, parameters, torch._C._cuda_getCurrentRawStream(index), shared_bytes)
+            return
+        with self._current():
+            kernel.launch(blocks, threads, parameters, self.stream(), shared_bytes)
 
 
 def _check(status: Any, what: str) -> None:

@@ -79,7 +79,7 @@ def _check_path(u, A, path, grid, projections_in_step_order):
         raise ValueError(f"projections_in_step_order: {table.num_steps} steps but {u.shape[1]} rows of delta, B and C")
 
 
-@operator("selective_scan", f"({_SCHEMA_ARGUMENTS}) -> (Tensor, Tensor)")
+@operator("selective_scan", f"({_SCHEMA_ARGUMENTS}) -> (Tensor, Tensor)", planned=True)
 def _selective_scan(
     u, delta, A, B, C, D, z, delta_bias, dt_weight, initial_state, path, grid, delta_softplus, merge,
     projections_in_step_order,
@@ -109,6 +109,7 @@ def _(
 @operator(
     "selective_scan_backward",
     f"(Tensor dy, Tensor? dlast_state, {_SCHEMA_ARGUMENTS}) -> ({', '.join(['Tensor'] * 10)})",
+    planned=True,
 )
 def _selective_scan_backward(dy, dlast_state, *arguments):
     u, grid_index = arguments[0], 11
@@ -144,7 +145,6 @@ differentiable("selective_scan", _backward, _setup_context)
 
 
 autocast_activations("selective_scan", [_TENSOR_ARGUMENTS.index(name) for name in ("u", "delta", "B", "C", "z")])
-autocast_activations("selective_scan_backward")
 _traced = traceable_overload("selective_scan", _SCHEMA_ARGUMENTS)
 
 

@@ -1,0 +1,124 @@
+"""Operators with plans, whose kernels run on the CPU: a launch done again gets the addresses of its own call."""
+
+import ctypes
+import importlib
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from emulation import COMPILER, EmulatedLauncher
+
+from visionmamba.ops import causal_conv1d, cuda_runtime, selective_scan
+from visionmamba.ops._plan import forget_plans
+from visionmamba.ops.channel_norm import channel_norm
+from visionmamba.ops.gelu_linear import gelu_linear
+from visionmamba.ops.ssm import selective_ssm
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+operators, registry = (importlib.import_module(f"visionmamba.ops.{name}") for name in ("_operator", "backend"))
+PLANNED = ("causal_conv1d", "channel_norm", "gelu_linear", "selective_scan")
+
+
+class PlannedLauncher(cuda_runtime.Launcher):
+    """The launcher with its plans; what it starts is emulated."""
+
+    architecture, multiprocessors, shared_bytes = "sm_90", 2, 232448
+
+    def __init__(self):
+        self.runs, self.decided = EmulatedLauncher(), 0
+
+    def kernel(self, *specialisation):
+        return specialisation
+
+    def resident_blocks(self, *_arguments):
+        return 4
+
+    def _current(self):
+        return nullcontext()
+
+    def run(self, file, name, macros, blocks, threads, arguments, shared_bytes=0):
+        self.decided += 1
+        self.size = len(arguments.pack())
+        super().run(file, name, {**macros, "_size": self.size}, blocks, threads, arguments, shared_bytes)
+
+    def start(self, kernel, blocks, threads, shared_bytes, parameters):
+        file, name, macros, _ = kernel
+        macros = dict(macros)
+        struct = ctypes.c_void_p.from_address(parameters).value
+        arguments = Struct(ctypes.string_at(struct, macros.pop("_size")))
+        self.runs.run(file, name, macros, blocks, threads, arguments, shared_bytes)
+
+
+class Struct(bytes):
+    """Arguments that are packed."""
+
+    def pack(self):
+        return bytes(self)
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """Run the CUDA backends on the CPU, with plans."""
+    launcher = PlannedLauncher()
+    monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: launcher)
+    monkeypatch.setattr(operators, "_PLANNED", ("cpu",))
+    monkeypatch.setattr(importlib.import_module("visionmamba.ops._plan"), "UNWATCHED", 1)
+    for op in PLANNED:
+        table = registry._implementations[op]
+        monkeypatch.setitem(table, "cuda", replace(table["cuda"], device_types=("cpu",), probe=lambda: None))
+    registry._probe.cache_clear()
+    forget_plans()
+    yield launcher
+    forget_plans()
+    registry._probe.cache_clear()
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+CASES = {
+    "norm": (
+        lambda x, added, w, b: channel_norm(x, w, b, added=added, dtype=BF16),
+        [((2, 5, 8), F32), ((2, 5, 8), BF16), ((8,), F32), ((8,), F32)],
+    ),
+    "gelu": (lambda x, w, b: [gelu_linear(x, w, b)], [((2, 5, 8), BF16), ((6, 8), F32), ((6,), F32)]),
+    "convolution": (
+        lambda x, w, b: causal_conv1d(x[..., 2:], w, b, path="h,h_flip", grid=[2, 3]),
+        [((2, 6, 10), BF16), ((2, 8, 4), F32), ((2, 8), F32)],
+    ),
+    "scan": (
+        lambda u, delta, A, BC: selective_scan(u, delta, -A.exp(), *BC.chunk(2, -1), path="h,v", grid=[2, 3]),
+        [((2, 6, 8), F32), ((2, 6, 2, 8), F32), ((2, 8, 4), F32), ((2, 6, 2, 8), F32)],
+    ),
+    "ssm": (
+        lambda x, z, conv, proj, A, D, bias, dt: [
+            selective_ssm(x, z, None, conv, None, proj, -A.exp(), D, bias, dt, "h,h_flip", [2, 3])
+        ],
+        [
+            ((2, 6, 8), F32), ((2, 6, 8), F32), ((2, 8, 4), F32), ((2, 7, 8), F32), ((2, 8, 2), F32), ((2, 8), F32),
+            ((2, 8), F32), ((2, 8, 3), F32),
+        ],
+    ),
+}  # fmt: skip
+
+
+def outcome(function, tensors):
+    results = [x for x in function(*tensors) if x.requires_grad]
+    cotangents = [torch.linspace(-1, 1, x.numel()).view(x.shape).to(x.dtype) for x in results]
+    return [*results, *torch.autograd.grad(results, tensors, cotangents)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_planned_operator_gives_the_same_bits(name, launcher, monkeypatch):
+    function, shapes = CASES[name]
+    torch.manual_seed(0)
+    for time in range(4):
+        tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape, dtype in shapes]
+        with monkeypatch.context() as patch:
+            patch.setattr(operators, "_PLANNED", ())
+            expected = outcome(function, tensors)
+        launcher.decided = 0
+        found = outcome(function, tensors)
+        assert (launcher.decided > 0) == (time < 2)
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
