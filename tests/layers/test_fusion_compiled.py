@@ -79,17 +79,19 @@ def test_on_a_gpu(name, autocast):
     torch.manual_seed(0)
     model, x = timm.create_model(name).cuda(), torch.randn(2, 3, 64, 64, device="cuda")
     compiled, graphs = _compiled(model)
-    with torch.autocast("cuda", torch.bfloat16, enabled=autocast), torch.backends.cudnn.flags(allow_tf32=False):
-        pairs = list(zip(_results(compiled, model, x), _results(model, model, x), strict=True))
-        with torch.no_grad():
-            inferred = compiled(x), model(x)
-    if autocast:  # gradients together: that of a bias before a batch norm is 0 and its rounding
-        output, *gradients = pairs
-        pairs = [output, [torch.cat([t.flatten() for t in tensors]) for tensors in zip(*gradients, strict=True)]]
-    pairs.append(inferred)
-    for found, expected in pairs:
-        difference, scale = (found - expected).float().norm(), expected.float().norm()
-        assert difference <= (0.1 if autocast else 1e-4) * scale + 1e-6
+
+    def outcomes(run, autocast):
+        """Return the output, the gradients together (that of a bias before a batch norm is 0), and what is inferred."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast), torch.backends.cudnn.flags(allow_tf32=False):
+            output, *gradients = _results(run, model, x)
+            with torch.no_grad():
+                return output, torch.cat([gradient.flatten() for gradient in gradients]), run(x)
+
+    found, eager, exact = outcomes(compiled, autocast), outcomes(model, autocast), outcomes(model, False)
+    for actual, expected, reference in zip(found, eager, exact, strict=True):
+        # a batch norm over few pixels makes much of rounding: in bf16 the eager model's own is the measure
+        rounding = 2 * (expected - reference).float().norm() if autocast else 1e-4 * reference.norm()
+        assert (actual - reference).float().norm() <= rounding + 1e-3 * autocast * reference.norm() + 1e-6
     _check_operators(name, graphs)
 
 
