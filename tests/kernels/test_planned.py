@@ -2,8 +2,10 @@
 
 import ctypes
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from threading import Barrier, Lock
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ class PlannedLauncher(cuda_runtime.Launcher):
     architecture, multiprocessors, shared_bytes = "sm_90", 2, 232448
 
     def __init__(self):
-        self.runs, self.decided = EmulatedLauncher(), 0
+        self.runs, self.decided, self.lock = EmulatedLauncher(), 0, Lock()
 
     def kernel(self, *specialisation):
         return specialisation
@@ -48,7 +50,8 @@ class PlannedLauncher(cuda_runtime.Launcher):
         macros = dict(macros)
         struct = ctypes.c_void_p.from_address(parameters).value
         arguments = Struct(ctypes.string_at(struct, macros.pop("_size")))
-        self.runs.run(file, name, macros, blocks, threads, arguments, shared_bytes)
+        with self.lock:  # what is emulated has one memory for its blocks
+            self.runs.run(file, name, macros, blocks, threads, arguments, shared_bytes)
 
 
 class Struct(bytes):
@@ -122,3 +125,38 @@ def test_a_planned_operator_gives_the_same_bits(name, launcher, monkeypatch):
         assert (launcher.decided > 0) == (time < 2)
         for x, y in zip(found, expected, strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.enable_grad])
+def test_a_plan_serves_inference_and_training(first, launcher):
+    function, shapes = CASES["norm"]
+    torch.manual_seed(0)
+    for time in range(6):
+        tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape, dtype in shapes]
+        launcher.decided = 0
+        with first() if time < 3 else torch.inference_mode(first is torch.enable_grad):
+            found = function(*tensors)
+        assert (launcher.decided > 0) == (time < 2)
+        exact = torch.nn.functional.layer_norm(
+            (tensors[0] + tensors[1]).double(), [8], *(t.double() for t in tensors[2:])
+        )
+        torch.testing.assert_close(found[0].double(), exact, rtol=2**-7, atol=2**-7)
+        assert found[0].requires_grad == (not found[0].is_inference())
+
+
+def test_threads_do_not_share_a_launch(launcher, monkeypatch):
+    """What a thread lays out is read before another lays out its own: here they meet before each reading."""
+    function, shapes = CASES["norm"]
+    torch.manual_seed(0)
+    draws = [[torch.randn(shape).to(dtype) for shape, dtype in shapes] for _ in range(8)]
+    expected = [function(*tensors)[0] for tensors in draws]
+    meeting, start = Barrier(4), launcher.start
+
+    def meet(*arguments):
+        meeting.wait(30)
+        start(*arguments)
+
+    monkeypatch.setattr(launcher, "start", meet)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda tensors: function(*tensors)[0], draws))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
