@@ -110,13 +110,14 @@ class Timing:
     """How long a setting is measured.
 
     Args:
-        warmup: Steps before those that are timed.
+        warmup: Steps before those that are timed. On a GPU an operator's eighth call of a signature takes longer (it is
+            recorded, see :mod:`visionmamba.ops._plan`), so that fewer than eight would show in the percentiles.
         repeats: Steps that are timed.
         seconds: Time for these; where it does not suffice for all of them, fewer are timed, but no fewer than five.
         energy_seconds: Time for measuring energy, where the driver tells it; none if 0.
     """
 
-    warmup: int = 5
+    warmup: int = 10
     repeats: int = 20
     seconds: float = float("inf")
     energy_seconds: float = 1.0

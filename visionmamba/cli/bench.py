@@ -90,7 +90,7 @@ def bench(
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16, fp16 (autocast); several: fp32,bf16.")] = "fp32",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels-last input and weights.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Also DeiT-S, Swin-T and ConvNeXt-T.")] = False,
-    warmup: WarmupOption = 5,
+    warmup: WarmupOption = 10,
     repeats: RepeatsOption = 20,
     seconds: SecondsOption = 10.0,
     device: Annotated[str | None, typer.Option(help="Device; by default a GPU if there is one.")] = None,

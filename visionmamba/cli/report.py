@@ -55,7 +55,7 @@ def report(
         str | None,
         typer.Option(help="How models run: eager, compile, graph; the plots' as the last. eager,graph on NVIDIA GPUs."),
     ] = None,
-    warmup: WarmupOption = 5,
+    warmup: WarmupOption = 10,
     repeats: RepeatsOption = 20,
     seconds: SecondsOption = 2.0,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Or show what is there already.")] = True,

@@ -91,13 +91,21 @@ def _run(
     return partial
 
 
+def _rows(x: Tensor | None) -> Tensor | None:
+    """Return rows that follow one another and can be read 16 bytes at a time: a copy where ``x`` begins in between."""
+    if x is None:
+        return None
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def _parameters(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [tensor if tensor is None else tensor.float().contiguous() for tensor in tensors]
+    return [None if tensor is None else _rows(tensor.float()) for tensor in tensors]
 
 
 def forward(x, added, weight, bias, shift, eps, rms, scale, dtype):
     """Compute the op ``visionmamba::channel_norm``."""
-    x, added = x.contiguous(), None if added is None else added.contiguous()
+    x, added = _rows(x), _rows(added)
     weight, bias, shift = _parameters(weight, bias, shift)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     total = None if added is None else torch.empty_like(x)
@@ -110,8 +118,7 @@ def forward(x, added, weight, bias, shift, eps, rms, scale, dtype):
 
 def backward(dout, dtotal, total, weight, bias, shift, eps, rms, scale, added_dtype):
     """Compute the gradients of x, added, weight, bias and shift; None for absent ones."""
-    dout, total = dout.contiguous(), total.contiguous()
-    dtotal = None if dtotal is None else dtotal.contiguous()
+    dout, total, dtotal = _rows(dout), _rows(total), _rows(dtotal)
     wide_weight, wide_shift = _parameters(weight, shift)
     dx = torch.empty_like(total)
     dadded = None if added_dtype is None else torch.empty(total.shape, dtype=added_dtype, device=total.device)
