@@ -1,6 +1,9 @@
 """Plans of operators' calls: the same results as the function, without it once a signature has come a few times."""
 
 import importlib
+import os
+import subprocess
+import sys
 import weakref
 from functools import cache
 
@@ -235,6 +238,17 @@ def test_operators_inside_are_looked_into():
     assert torch.equal(plans(x), x.sin() + 1)
     assert torch.equal(plans(-x), (-x).sin() + 1)
     assert len(calls) == 2
+
+
+def test_plans_are_turned_off_by_a_variable():
+    script = "import visionmamba.ops._operator as operators; print(*operators.planned_operators())"
+    for value, expected in (("0", False), ("1", True)):
+        environment = {**os.environ, "VISIONMAMBA_PLANS": value}
+        run = subprocess.run(
+            [sys.executable, "-c", f"import visionmamba; {script}"], env=environment, capture_output=True
+        )
+        assert run.returncode == 0, run.stderr
+        assert (b"selective_scan_backward" in run.stdout) is expected
 
 
 def test_forgotten_plans_are_made_anew():

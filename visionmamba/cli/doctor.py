@@ -81,6 +81,14 @@ def _operators(device_types: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def _planned() -> list[str]:
+    """Return the operators whose calls on a GPU are recorded."""
+    import visionmamba.ops  # noqa: F401  (registers them)
+    from visionmamba.ops._operator import planned_operators
+
+    return planned_operators()
+
+
 def _reason(row: dict[str, Any], backend: str, reason: str | None) -> str:
     if backend == row["backend"]:
         return "runs"
@@ -125,6 +133,7 @@ def doctor(
         "versions": _versions(),
         "devices": devices,
         "forced_backend": os.environ.get("VISIONMAMBA_BACKEND") or None,
+        "planned_operators": _planned(),
         "operators": _operators(list(dict.fromkeys(device["type"] for device in devices))),
     }
     if as_json:
@@ -140,6 +149,9 @@ def doctor(
         out.print("[bold]device[/bold]  " + ", ".join(f"{key} {value}" for key, value in device.items()))
     if report["forced_backend"]:
         out.print(f"[bold]VISIONMAMBA_BACKEND[/bold] forces {report['forced_backend']}")
+    if any(device["type"] == "cuda" for device in devices):
+        names = ", ".join(report["planned_operators"])
+        out.print(f"[bold]recorded[/bold]  {names or 'nothing'} (VISIONMAMBA_PLANS=0: nothing)")
     table = Table("Operator", "Device", "Backend", "Why", box=None, header_style="bold")
     for row in report["operators"]:
         for backend, reason in row["backends"].items():

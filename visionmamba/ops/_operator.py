@@ -7,6 +7,7 @@ gradients are checked by ``torch.library.opcheck`` in the tests instead of in ev
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,20 @@ from torch import Tensor
 
 from ._plan import Plans
 
-__all__ = ["differentiable", "fake_gradients", "gradients_as_results", "operator", "present_gradients", "register_fake"]
+__all__ = [
+    "differentiable",
+    "fake_gradients",
+    "gradients_as_results",
+    "operator",
+    "planned_operators",
+    "present_gradients",
+    "register_fake",
+]
 
 _LIBRARY = torch.library.Library("visionmamba", "FRAGMENT")
 _BELOW = torch._C._after_autograd_keyset
 _DEVICES = (torch._C.DispatchKey.CUDA, torch._C.DispatchKey.CPU)
-_PLANNED = ("cuda",)  # elsewhere kernels are launched unseen
+_PLANNED = () if os.environ.get("VISIONMAMBA_PLANS") == "0" else ("cuda",)  # elsewhere kernels are launched unseen
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 for _key in (torch._C.DispatchKey.AutocastCUDA, torch._C.DispatchKey.AutocastMPS, torch._C.DispatchKey.AutocastXPU):
     _AUTOCAST = _AUTOCAST.add(_key)
@@ -36,6 +45,7 @@ class _Formula:
 
 
 _formulas: dict[str, _Formula] = {}
+_planned: list[str] = []
 _functions: dict[Any, Callable[..., Any]] = {}
 
 
@@ -56,11 +66,18 @@ def operator(name: str, schema: str, planned: bool = False) -> Callable[[Callabl
         overload = getattr(torch.ops.visionmamba, name).default
         _formulas[name], _functions[overload] = _Formula(), function
         kernel = _backend_kernel(function, Plans(function, _functions) if planned else None)
+        if planned:
+            _planned.append(name)
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, _autograd_kernel(overload, kernel, _formulas[name]), "Autograd", with_keyset=True)
         return function
 
     return register
+
+
+def planned_operators() -> list[str]:
+    """Return the operators whose calls on NVIDIA GPUs are recorded: none with ``VISIONMAMBA_PLANS=0``."""
+    return sorted(_planned) if _PLANNED else []
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
