@@ -32,8 +32,8 @@ def _kernel(operator, positions, device_type, key):
 
     def kernel(*arguments):
         dtype = torch.get_autocast_dtype(device_type)
-        dtypes = [arguments[i].dtype for i in positions if arguments[i] is not None]
-        if dtypes.count(dtypes[0]) != len(dtypes) and set(dtypes) == {torch.float32, dtype}:
+        dtypes = {arguments[i].dtype for i in positions if arguments[i] is not None}
+        if dtypes == {torch.float32, dtype}:
             arguments = [x.to(dtype) if i in positions and x is not None else x for i, x in enumerate(arguments)]
         with torch._C._ExcludeDispatchKeyGuard(autocast_keys):
             return operator(*arguments)

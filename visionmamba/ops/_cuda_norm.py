@@ -91,7 +91,7 @@ def _run(
     return partial
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _aligned_rows(x: Tensor | None) -> Tensor | None:
     """Return rows that follow one another and can be read 16 bytes at a time: a copy where ``x`` begins in between."""
     if x is None:
         return None
@@ -100,12 +100,12 @@ def _rows(x: Tensor | None) -> Tensor | None:
 
 
 def _parameters(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else _rows(tensor.float()) for tensor in tensors]
+    return [None if tensor is None else _aligned_rows(tensor.float()) for tensor in tensors]
 
 
 def forward(x, added, weight, bias, shift, eps, rms, scale, dtype):
     """Compute the op ``visionmamba::channel_norm``."""
-    x, added = _rows(x), _rows(added)
+    x, added = _aligned_rows(x), _aligned_rows(added)
     weight, bias, shift = _parameters(weight, bias, shift)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     total = None if added is None else torch.empty_like(x)
@@ -118,7 +118,7 @@ def forward(x, added, weight, bias, shift, eps, rms, scale, dtype):
 
 def backward(dout, dtotal, total, weight, bias, shift, eps, rms, scale, added_dtype):
     """Compute the gradients of x, added, weight, bias and shift; None for absent ones."""
-    dout, total, dtotal = _rows(dout), _rows(total), _rows(dtotal)
+    dout, total, dtotal = map(_aligned_rows, (dout, total, dtotal))
     wide_weight, wide_shift = _parameters(weight, shift)
     dx = torch.empty_like(total)
     dadded = None if added_dtype is None else torch.empty(total.shape, dtype=added_dtype, device=total.device)

@@ -37,6 +37,7 @@ __all__ = ["UNWATCHED", "Plans", "forget_plans"]
 UNWATCHED = 7
 """Calls of a signature before the one that is watched."""
 _MOST_PLANS = 1024  # of an operator; beyond, all are forgotten
+_SEEN = ("cuda",)  # backends; Triton's kernels and Numba's are launched unseen
 _UNFIT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 _aten = torch.ops.aten
 _ALLOCATIONS = (
@@ -54,7 +55,7 @@ class _Value:
 
     Args:
         text: The expression for it.
-        tensor: The tensor, whose place among its values is the same in each call; its memory is not kept.
+        tensor: What it is in the call that is watched; not kept.
         line: The line that makes it, if any.
         base: Of a view: what it is a view of, no view itself.
         offset: Of a view: bytes from the base's first element.
@@ -121,14 +122,13 @@ class _Recorder(TorchDispatchMode):
                 self._values[value] = _Value(f"x{i}", value)
             parameters.append(f"x{i}")
             distinct.append(value)
-        reasons: list[_UnplannableError] = []
         try:
             with watch_launches(self._launched), watch_choices(self._chosen), self:
                 results = function(*distinct)
             returned = [self._value(result) for result in _tensors(results)]
-        except _UnplannableError as reason:
-            reasons.append(reason)
-        if reasons:
+        except _UnplannableError:
+            returned = None
+        if returned is None:
             return function(*inputs), None
         return results, self._compile(parameters, returned, isinstance(results, Tensor))
 
@@ -190,7 +190,7 @@ class _Recorder(TorchDispatchMode):
                 self._values[result] = _Value(f"{line.result}[{i}]", result, line)
 
     def _chosen(self, implementation: Implementation) -> None:
-        if implementation.backend != "cuda":  # Triton's kernels and Numba's are launched unseen
+        if implementation.backend not in _SEEN:
             raise _UnplannableError(f"{implementation.op} runs on {implementation.backend}")
 
     def _launched(self, launch: Prepared, arguments: Arguments) -> None:
@@ -240,8 +240,9 @@ def _with_deletions(lines: list[_Line], returned: Iterable[_Value]) -> list[str]
     kept = {value.line.result for value in returned if value.line is not None}
     text: list[str] = []
     for line in reversed(lines):
-        variables = {value.line.result for value in line.reads if value.line is not None} | {line.result} - {""}
-        last = sorted(variables - kept - {""})
+        variables = {value.line.result for value in line.reads if value.line is not None} | {line.result}
+        variables -= {""}
+        last = sorted(variables - kept)
         if last:
             text.append(f"del {', '.join(last)}")
         kept |= variables

@@ -274,7 +274,7 @@ class Launcher:
         """Launch a kernel on torch's current stream; ``parameters``: the address of their list."""
         index = self.device.index
         if index in _thread.entered and torch._C._cuda_getDevice() == index:
-            kernel.launch(blocks, threads, parameters, torch._C._cuda_getCurrentRawStream(index), shared_bytes)
+            kernel.launch(blocks, threads, parameters, self.stream(), shared_bytes)
             return
         with self._current():
             kernel.launch(blocks, threads, parameters, self.stream(), shared_bytes)
