@@ -164,7 +164,7 @@ def test_launches_follow_the_current_stream_and_are_captured():
     torch.testing.assert_close(captured, F.layer_norm(x, [192]), rtol=1e-4, atol=1e-5)
 
 
-def test_every_device_has_its_own(unplanned):
+def test_every_device_has_its_own():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     for _ in range(3):
