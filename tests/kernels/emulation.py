@@ -203,6 +203,13 @@ def _emulate(library, name, blocks, threads, packed: bytes, shared_bytes, schedu
     ).decode()  # fmt: skip
 
 
+def outcome(function, tensors, cotangent=lambda x: x) -> list[torch.Tensor]:
+    """Return what a function of leaves returns and its gradients; ``cotangent`` may move their cotangents."""
+    results = [x for x in function(*tensors) if x.requires_grad]
+    cotangents = [cotangent(torch.linspace(-1, 1, x.numel()).view(x.shape).to(x.dtype)) for x in results]
+    return [*results, *torch.autograd.grad(results, tensors, cotangents)]
+
+
 def _regions(wide: tuple[int, ...]) -> list[tuple[int, int]]:
     """Return the memory of the tensors that the arguments point into: first and last address of each."""
     storages = {}

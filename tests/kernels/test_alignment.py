@@ -1,11 +1,8 @@
 """Tensors that begin between the places where vectors may: slices of flat buffers, as parameters sometimes are."""
 
-import importlib
-from dataclasses import replace
-
 import pytest
 import torch
-from emulation import COMPILER, Checks, EmulatedLauncher, Schedule, checked
+from emulation import COMPILER, Checks, EmulatedLauncher, Schedule, checked, outcome
 
 from visionmamba.ops import causal_conv1d, cuda_runtime, selective_scan
 from visionmamba.ops.channel_norm import channel_norm
@@ -14,7 +11,6 @@ from visionmamba.ops.ssm import selective_ssm
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
-registry = importlib.import_module("visionmamba.ops.backend")
 F32, BF16 = torch.float32, torch.bfloat16
 CROSS = "h,v,h_flip,v_flip"
 
@@ -64,36 +60,19 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _emulated(monkeypatch):
-    monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: EmulatedLauncher(2))
-    for op in ("causal_conv1d", "channel_norm", "gelu_linear", "selective_scan"):
-        table = registry._implementations[op]
-        monkeypatch.setitem(table, "cuda", replace(table["cuda"], device_types=("cpu",), probe=lambda: None))
-    registry._probe.cache_clear()
-    yield
-    registry._probe.cache_clear()
-
-
 def _begins_late(x):
     flat = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
     return flat.copy_(x)
 
 
-def _outcome(function, tensors):
-    tensors = [x.requires_grad_() for x in tensors]
-    results = [x for x in function(*tensors) if x.requires_grad]
-    cotangents = [_begins_late(torch.linspace(-1, 1, x.numel()).view(x.shape).to(x.dtype)) for x in results]
-    return [*results, *torch.autograd.grad(results, tensors, cotangents)]
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_no_vector_begins_in_between(name):
+def test_no_vector_begins_in_between(name, cuda_backends, monkeypatch):
+    monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: EmulatedLauncher(2))
     function, shapes = CASES[name]
     torch.manual_seed(0)
     tensors = [torch.randn(shape).to(dtype) for shape, dtype in shapes]
     with checked(Checks(schedules=(Schedule(),), poison=False)):
-        found = _outcome(function, [_begins_late(x) for x in tensors])
-        expected = _outcome(function, tensors)
+        found = outcome(function, [_begins_late(x).requires_grad_() for x in tensors], _begins_late)
+        expected = outcome(function, [x.requires_grad_() for x in tensors])
     for x, y in zip(found, expected, strict=True):
         assert float((x - y).detach().norm()) <= (1e-5 if x.dtype == F32 else 2**-8) * float(y.detach().norm())

@@ -4,12 +4,11 @@ import ctypes
 import importlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
 from threading import Barrier, Lock
 
 import pytest
 import torch
-from emulation import COMPILER, EmulatedLauncher
+from emulation import COMPILER, EmulatedLauncher, outcome
 
 from visionmamba.ops import causal_conv1d, cuda_runtime, selective_scan
 from visionmamba.ops._plan import forget_plans
@@ -19,8 +18,7 @@ from visionmamba.ops.ssm import selective_ssm
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
-operators, registry = (importlib.import_module(f"visionmamba.ops.{name}") for name in ("_operator", "backend"))
-PLANNED = ("causal_conv1d", "channel_norm", "gelu_linear", "selective_scan")
+operators = importlib.import_module("visionmamba.ops._operator")
 
 
 class PlannedLauncher(cuda_runtime.Launcher):
@@ -62,20 +60,15 @@ class Struct(bytes):
 
 
 @pytest.fixture
-def launcher(monkeypatch):
+def launcher(monkeypatch, cuda_backends):
     """Run the CUDA backends on the CPU, with plans."""
     launcher = PlannedLauncher()
     monkeypatch.setattr(cuda_runtime, "launcher", lambda _device: launcher)
     monkeypatch.setattr(operators, "_PLANNED", ("cpu",))
     monkeypatch.setattr(importlib.import_module("visionmamba.ops._plan"), "UNWATCHED", 1)
-    for op in PLANNED:
-        table = registry._implementations[op]
-        monkeypatch.setitem(table, "cuda", replace(table["cuda"], device_types=("cpu",), probe=lambda: None))
-    registry._probe.cache_clear()
     forget_plans()
     yield launcher
     forget_plans()
-    registry._probe.cache_clear()
 
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -103,12 +96,6 @@ CASES = {
         ],
     ),
 }  # fmt: skip
-
-
-def outcome(function, tensors):
-    results = [x for x in function(*tensors) if x.requires_grad]
-    cotangents = [torch.linspace(-1, 1, x.numel()).view(x.shape).to(x.dtype) for x in results]
-    return [*results, *torch.autograd.grad(results, tensors, cotangents)]
 
 
 @pytest.mark.parametrize("name", CASES)
