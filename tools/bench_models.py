@@ -85,17 +85,15 @@ def make_step(model: torch.nn.Module, x: torch.Tensor, training: bool, cache: bo
 
 def milliseconds(step: Step, repeats: int, warmup: int = 10) -> float:
     """Return the median time of steps that follow one another; of fewer than ``repeats`` where they would take long."""
-    torch.cuda.synchronize()
-    begun = last = time.perf_counter()
-    taken = ENOUGH_SECONDS / repeats
-    for i in range(warmup):
+    taken: list[float] = []
+    while len(taken) < warmup and (len(taken) < 2 or sum(taken) < ENOUGH_SECONDS):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
         step()
         torch.cuda.synchronize()
-        now = time.perf_counter()
-        taken, last = now - last, now
-        if i and now - begun > ENOUGH_SECONDS:
-            break
-    repeats = min(repeats, max(3, round(ENOUGH_SECONDS / taken)))
+        taken.append(time.perf_counter() - begun)
+    if taken:
+        repeats = min(repeats, max(3, round(ENOUGH_SECONDS / taken[-1])))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
         start.record()
